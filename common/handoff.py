@@ -1,0 +1,244 @@
+"""The messages of the KV hand-off between P and D, and the ticket that permits one (docs/protocol.md).
+
+    P → D   Reserve · Frame (followed by its payload over the connector) · Manifest · Abort · Rendezvous
+    D → P   Grant · Refuse · Ack · Abort · Rendezvous
+
+Encoding: msgpack array [kind, field, field, …] with the exact field types below; anything else is a FrameError.
+Blocks are named by their index in the prompt, never by an address: each side maps the index to its own memory.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import time
+from dataclasses import astuple, dataclass, fields
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+import msgpack
+
+from tandem.common.errors import TicketRefused, TransferFailed
+from tandem.common.worker_config import Role
+
+MAX_MESSAGE_BYTES = 4 << 20
+MAX_ITEMS = 1 << 17
+
+T = TypeVar("T")
+
+
+class FrameError(TransferFailed):
+    """Bytes from a peer that are no message of this protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One attempt's permission to hand KV from one prefill worker to one decode worker; minted by the router."""
+
+    request_id: str
+    attempt: int
+    transfer_id: bytes  # 16 random bytes
+    prefill: str  # worker name
+    prefill_incarnation: str
+    decode: str
+    decode_incarnation: str
+    fingerprint: bytes  # of the KV layout both ends must have
+    timeout: float  # seconds until the request's deadline when minted; clocks are never compared
+
+    def seal(self, key: bytes) -> bytes:
+        """The ticket's bytes followed by their HMAC-SHA-256 under the cluster key."""
+        body = _pack(list(astuple(self)))
+        return body + hmac.digest(key, body, "sha256")
+
+    @classmethod
+    def open(cls, sealed: bytes, key: bytes) -> Ticket:
+        """Verify the MAC, then decode. Raises TicketRefused."""
+        body, mac = sealed[:-32], sealed[-32:]
+        if not hmac.compare_digest(hmac.digest(key, body, "sha256"), mac):
+            raise TicketRefused("ticket refused: its MAC does not match the cluster key; check TANDEM_CLUSTER_KEY")
+        return _build(cls, _unpack(body))
+
+
+def new_transfer_id() -> bytes:
+    return secrets.token_bytes(16)
+
+
+class TicketGate:
+    """A worker accepts a ticket only if its MAC, this worker's incarnation and the fingerprint match, and only once."""
+
+    def __init__(self, key: bytes, role: Role, incarnation: str, fingerprint: bytes) -> None:
+        self._key = key
+        self._role = role
+        self._incarnation = incarnation
+        self._fingerprint = fingerprint
+        self._used: dict[bytes, float] = {}  # transfer id → monotonic time at which the ticket has expired anyway
+
+    def verify(self, sealed: bytes) -> Ticket:
+        """The ticket inside. Raises TicketRefused."""
+        ticket = Ticket.open(sealed, self._key)
+        addressee = ticket.prefill_incarnation if self._role == "prefill" else ticket.decode_incarnation
+        if addressee != self._incarnation:
+            raise TicketRefused(f"ticket of {ticket.request_id} is for another incarnation of this worker; try again")
+        if ticket.fingerprint != self._fingerprint:
+            raise TicketRefused(
+                f"ticket of {ticket.request_id} is for another KV layout (model revision, dtype or block size); "
+                "start prefill and decode workers from the same model and flags"
+            )
+        return ticket
+
+    def admit(self, sealed: bytes) -> Ticket:
+        """Verify, and use the ticket up. Raises TicketRefused."""
+        ticket, now = self.verify(sealed), time.monotonic()
+        if ticket.transfer_id in self._used:
+            raise TicketRefused(f"ticket of {ticket.request_id} was used before")
+        self._used = {used: expiry for used, expiry in self._used.items() if expiry > now}
+        self._used[ticket.transfer_id] = now + ticket.timeout
+        return ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """P asks D for room for the prompt of `ticket`; `num_tokens` counts the prompt's tokens."""
+
+    KIND: ClassVar[int] = 1
+    transfer_id: bytes
+    ticket: bytes  # sealed, as the router minted it
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """D holds blocks. P sends prompt blocks [first_block, first_block + num_blocks); D already has those before."""
+
+    KIND: ClassVar[int] = 2
+    transfer_id: bytes
+    generation: int
+    first_block: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """D will not take this transfer; `later` says that asking again may succeed."""
+
+    KIND: ClassVar[int] = 3
+    transfer_id: bytes
+    later: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Names a payload: whole blocks [first_block, first_block + num_blocks), layers [first_layer, + num_layers).
+
+    `digests` holds one 16-byte XXH3-128 per block over the block's bytes of those layers.
+    """
+
+    KIND: ClassVar[int] = 4
+    transfer_id: bytes
+    generation: int
+    first_block: int
+    num_blocks: int
+    first_layer: int
+    num_layers: int
+    num_bytes: int
+    digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """P has sent everything: what D must now hold, and the first token of each choice."""
+
+    KIND: ClassVar[int] = 5
+    transfer_id: bytes
+    generation: int
+    num_tokens: int
+    hashes: tuple[bytes, ...]  # block hashes of the prompt's full blocks
+    digests: tuple[bytes, ...]  # of the granted blocks, all layers, in order
+    first_tokens: tuple[int, ...]  # one per choice of the leg
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """D verified everything and owns the sequence; P may unpin."""
+
+    KIND: ClassVar[int] = 6
+    transfer_id: bytes
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Either side gives the transfer up. Generation 0: before any grant."""
+
+    KIND: ClassVar[int] = 7
+    transfer_id: bytes
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Key-value exchange with which a connector sets its data path up over this authenticated channel."""
+
+    KIND: ClassVar[int] = 8
+    key: str
+    value: bytes
+
+
+Message = Reserve | Grant | Refuse | Frame | Manifest | Ack | Abort | Rendezvous
+_KINDS: dict[int, type[Message]] = {
+    cls.KIND: cls for cls in (Reserve, Grant, Refuse, Frame, Manifest, Ack, Abort, Rendezvous)
+}
+
+
+def encode(message: Message) -> bytes:
+    return _pack([message.KIND, *astuple(message)])
+
+
+def decode(data: bytes) -> Message:
+    """Raises FrameError unless `data` is exactly one well-typed message."""
+    values = _unpack(data)
+    kind = _KINDS.get(values[0]) if values and type(values[0]) is int else None
+    if kind is None:
+        raise FrameError("hand-off message of unknown kind: the peer speaks another protocol version")
+    return _build(kind, values[1:])
+
+
+def _pack(values: list[Any]) -> bytes:
+    return msgpack.packb(values, use_bin_type=True)
+
+
+def _unpack(data: bytes) -> list[Any]:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise FrameError(f"hand-off message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    try:
+        values = msgpack.unpackb(
+            data, raw=False, use_list=False, strict_map_key=True, max_array_len=MAX_ITEMS, max_map_len=0, max_ext_len=0
+        )
+    except (ValueError, msgpack.UnpackException) as exc:
+        raise FrameError(f"hand-off message is not valid msgpack: {exc}") from exc
+    if not isinstance(values, tuple):
+        raise FrameError("hand-off message is not an array")
+    return list(values)
+
+
+def _build(cls: type[T], values: list[Any]) -> T:
+    names = [field.name for field in fields(cls)]  # pyright: ignore[reportArgumentType]
+    hints = get_type_hints(cls)
+    if len(values) != len(names):
+        raise FrameError(f"{cls.__name__} needs {len(names)} fields, got {len(values)}")
+    for name, value in zip(names, values, strict=True):
+        if not _fits(value, hints[name]):
+            raise FrameError(f"{cls.__name__}.{name} has the wrong type or range")
+    return cls(*values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is int:
+        return type(value) is int and 0 <= value < 1 << 63
+    if hint is float:
+        return type(value) is float
+    if hint in (str, bytes, bool):
+        return type(value) is hint
+    item = hint.__args__[0]  # tuple[item, ...]
+    return type(value) is tuple and all(_fits(element, item) for element in value)

@@ -1,0 +1,38 @@
+"""The shape of a KV block, the same on P, on D and on the wire.
+
+    block: (layers, 2, kv_heads, block_size, head_dim)      2 = key, value; contiguous
+
+A block is whole on the wire: all layers, all heads. A tensor-parallel group keeps a slice of the heads on each
+rank and joins them when a block leaves or lands, so P and D may differ in tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    revision: str  # of the model: hex digest over configuration and weights
+    dtype: str  # key of ELEMENT_BYTES
+    block_size: int  # tokens
+    layers: int
+    kv_heads: int  # of the whole model
+    head_dim: int
+
+    @property
+    def block_shape(self) -> tuple[int, int, int, int, int]:
+        return (self.layers, 2, self.kv_heads, self.block_size, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layers * 2 * self.kv_heads * self.block_size * self.head_dim * ELEMENT_BYTES[self.dtype]
+
+    @property
+    def fingerprint(self) -> bytes:
+        """32 bytes; P and D pair only when they are equal."""
+        text = f"tandem.kv.v1|{self.revision}|{self.dtype}|{self.block_shape}"
+        return hashlib.sha256(text.encode()).digest()
