@@ -1,0 +1,1 @@
+"""Moves KV blocks between two processes; knows nothing of scheduling or models."""
