@@ -1,0 +1,219 @@
+"""The receiving end of the hand-off: from a ticket to a verified sequence in the running batch.
+
+Fails closed: a sequence starts only behind a manifest that agrees with every byte that landed (rule H4). Blocks of
+a reservation that fails go back in `_fail`, nowhere else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tandem.common.errors import DeadlineExceeded, TandemError, TransferFailed
+from tandem.common.handoff import Abort, Ack, Frame, Grant, Manifest, Message, Refuse, Reserve, TicketGate
+from tandem.common.request import Leg, LegUpdate
+from tandem.common.worker_loop import Sink
+from tandem.decode_worker.reservation import Phase, Reservation
+from tandem.engine.allocation import blocks_for
+from tandem.engine.block_pool import BlockPool
+from tandem.engine.sequence import Sequence
+from tandem.kv_transfer.base import BlockStore
+from tandem.kv_transfer.land import LandLink
+from tandem.kv_transfer.landing import Landing
+
+RoomFor = Callable[[int, int], bool]  # (blocks, reservations already landing)
+OnLanded = Callable[[Reservation, tuple[int, ...]], None]  # (reservation, first token of each choice)
+
+
+@dataclass(frozen=True, slots=True)
+class Early:
+    """A Reserve that overtook its Decode call."""
+
+    link: LandLink
+    message: Reserve
+    expiry: float  # monotonic seconds
+
+
+class Handoffs:
+    """All reservations of one decode worker. Used by the worker's thread only."""
+
+    def __init__(self, pool: BlockPool, store: BlockStore, gate: TicketGate, lease: float, park: float) -> None:
+        self._pool, self._store, self._gate = pool, store, gate
+        self._lease, self._park = lease, park
+        self._reservations: dict[bytes, Reservation] = {}  # by transfer id, in order of arrival
+        self._early: dict[bytes, Early] = {}
+        self._generations = itertools.count(1)
+        self.room_for: RoomFor = lambda blocks, landing: False
+        self.on_landed: OnLanded = lambda reservation, first_tokens: None
+
+    @property
+    def count(self) -> int:
+        return len(self._reservations)
+
+    @property
+    def reserving(self) -> bool:
+        """A transfer holds blocks that are being filled."""
+        return any(reservation.phase is Phase.LANDING for reservation in self._reservations.values())
+
+    @property
+    def landed_blocks(self) -> int:
+        """Of transfers in progress."""
+        return sum(r.landing.landed for r in self._reservations.values() if r.landing is not None)
+
+    @property
+    def idle(self) -> bool:
+        return not self._reservations and not self._early
+
+    # ------------------------------------------------------------------ from the router
+
+    def expect(self, leg_id: int, leg: Leg, sequence: Sequence, sink: Sink) -> None:
+        """A leg whose KV a prefill worker will push. Raises TicketRefused."""
+        ticket = self._gate.admit(leg.ticket)
+        reservation = Reservation(leg_id, sequence, ticket, sink, sequence.arrival + leg.timeout)
+        self._reservations[ticket.transfer_id] = reservation
+        early = self._early.pop(ticket.transfer_id, None)
+        if early is not None:
+            self._on_reserve(early.link, early.message)
+
+    def cancel(self, leg_id: int, error: TandemError) -> None:
+        for reservation in [r for r in self._reservations.values() if r.leg_id == leg_id]:
+            self._fail(reservation, error)
+
+    # ------------------------------------------------------------------ from P
+
+    def on_message(self, link: LandLink, message: Message) -> None:
+        if isinstance(message, Reserve):
+            self._on_reserve(link, message)
+            return
+        reservation = self._current(link, message)
+        if reservation is None:
+            return  # of an attempt that ended here; P has been told
+        match message:
+            case Manifest():
+                self._on_manifest(reservation, message)
+            case Abort():
+                self._fail(reservation, TransferFailed(f"the prefill worker aborted: {message.reason}"), tell=False)
+            case _:
+                self._fail(reservation, TransferFailed(f"unexpected {type(message).__name__} from the prefill worker"))
+
+    def on_frame(self, link: LandLink, frame: Frame, payload: Tensor) -> None:
+        """Frames of no current reservation are dropped (rule H2); the others land within their grant (rule H1)."""
+        reservation = self._current(link, frame)
+        if reservation is None or reservation.landing is None:
+            return
+        try:
+            blocks = reservation.landing.accept(frame)
+        except TransferFailed as exc:
+            self._fail(reservation, exc)
+            return
+        self._store.write(blocks, payload)
+        reservation.lease = time.monotonic() + self._lease
+
+    def on_lost(self, link: LandLink, reason: str) -> None:
+        self._early = {key: early for key, early in self._early.items() if early.link is not link}
+        for reservation in [r for r in self._reservations.values() if r.link is link]:
+            error = TransferFailed(f"the link to prefill worker {reservation.ticket.prefill} broke: {reason}")
+            self._fail(reservation, error, tell=False)
+
+    def _current(self, link: LandLink, message: Message) -> Reservation | None:
+        """The reservation a message is about, if the message is of its present link and generation (rule H6)."""
+        reservation = self._reservations.get(getattr(message, "transfer_id", b""))
+        if reservation is None or reservation.link is not link:
+            return None
+        generation = getattr(message, "generation", 0)
+        before_grant = isinstance(message, Abort) and generation == 0
+        return reservation if before_grant or generation == reservation.generation else None
+
+    def _on_reserve(self, link: LandLink, message: Reserve) -> None:
+        try:
+            ticket = self._gate.verify(message.ticket)
+            if ticket.transfer_id != message.transfer_id:
+                raise TransferFailed("the Reserve names another transfer than its ticket")
+        except TandemError as exc:
+            link.post(Refuse(message.transfer_id, False, exc.message))
+            return
+        now = time.monotonic()
+        reservation = self._reservations.get(ticket.transfer_id)
+        if reservation is None:
+            self._early[ticket.transfer_id] = Early(link, message, now + self._park)
+        elif reservation.phase is not Phase.EXPECTED or message.num_tokens != len(reservation.sequence.token_ids):
+            self._fail(reservation, TransferFailed("the prefill worker's Reserve does not fit the request"))
+        else:
+            reservation.link, reservation.phase, reservation.lease = link, Phase.PARKED, now + self._park
+
+    # ------------------------------------------------------------------ grant, verify, admit
+
+    def tick(self) -> None:
+        """Timers, then grants to those parked, oldest first."""
+        now = time.monotonic()
+        for reservation in list(self._reservations.values()):
+            if now >= reservation.deadline:
+                self._fail(reservation, DeadlineExceeded("the request's deadline passed during the hand-off"))
+            elif reservation.phase is Phase.LANDING and now >= reservation.lease:
+                self._fail(reservation, TransferFailed("the hand-off made no progress within its lease"))
+            elif reservation.phase is Phase.PARKED and not self._grant(reservation) and now >= reservation.lease:
+                self._later(reservation)
+        for key, early in [(key, early) for key, early in self._early.items() if now >= early.expiry]:
+            del self._early[key]
+            early.link.post(Refuse(key, True, "the decode worker has not heard of this request yet"))
+
+    def _later(self, reservation: Reservation) -> None:
+        link, reservation.link, reservation.phase = reservation.link, None, Phase.EXPECTED
+        if link is not None:
+            link.post(Refuse(reservation.ticket.transfer_id, True, "no room for the prompt"))
+
+    def _grant(self, reservation: Reservation) -> bool:
+        sequence, size = reservation.sequence, self._pool.block_size
+        layout, link = self._store.layout, reservation.link
+        assert link is not None, "parked without a link"
+        hashes = sequence.block_hashes(size, layout.fingerprint)
+        cached = self._pool.match(hashes)
+        missing = blocks_for(len(sequence.token_ids), size) - len(cached)
+        self._pool.take(cached)  # before room is counted: cached blocks that are taken cannot be evicted
+        landing = sum(1 for other in self._reservations.values() if other.phase is Phase.LANDING)
+        reserved = self._pool.reserve(missing) if self.room_for(missing, landing) else None
+        if reserved is None:
+            self._pool.release(cached)
+            return False
+        reservation.cached, reservation.reserved, reservation.phase = cached, reserved, Phase.LANDING
+        reservation.generation, reservation.lease = next(self._generations), time.monotonic() + self._lease
+        grant = Grant(reservation.ticket.transfer_id, reservation.generation, len(cached), missing)
+        reservation.landing = Landing(grant, reserved, len(sequence.token_ids), hashes, layout)
+        link.post(grant)
+        return True
+
+    def _on_manifest(self, reservation: Reservation, manifest: Manifest) -> None:
+        sequence, landing, link = reservation.sequence, reservation.landing, reservation.link
+        assert landing is not None and link is not None, "a manifest passes only with a current generation"
+        try:
+            landing.verify(manifest)
+            if len(manifest.first_tokens) != len(sequence.choices):
+                raise TransferFailed("the manifest names another number of choices than the request")
+        except TransferFailed as exc:
+            self._fail(reservation, exc)
+            return
+        del self._reservations[reservation.ticket.transfer_id]
+        self._pool.adopt(reservation.reserved)
+        sequence.blocks = reservation.cached + reservation.reserved
+        sequence.cached = len(reservation.cached) * self._pool.block_size
+        sequence.computed = len(sequence.token_ids)
+        link.post(Ack(reservation.ticket.transfer_id, reservation.generation))
+        self.on_landed(reservation, manifest.first_tokens)
+
+    def _fail(self, reservation: Reservation, error: TandemError, tell: bool = True) -> None:
+        """The one place where a reservation is released. Its connector is two-sided, so nothing can still land:
+        the blocks are free at once (rule H2)."""
+        del self._reservations[reservation.ticket.transfer_id]
+        self._pool.unreserve(reservation.reserved)
+        self._pool.release(reservation.cached)
+        if tell and reservation.link is not None:
+            reservation.link.post(Abort(reservation.ticket.transfer_id, reservation.generation, error.message))
+        reservation.sink(LegUpdate(error=error))
+
+    def close(self, error: TandemError) -> None:
+        for reservation in list(self._reservations.values()):
+            self._fail(reservation, error)

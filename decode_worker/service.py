@@ -1,0 +1,159 @@
+"""The decode worker as a process sees it: loads the engine, serves Decode, and takes links from prefill workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc.aio
+
+from tandem.common import convert, rpc
+from tandem.common.errors import TandemError, TicketRefused, TransferFailed
+from tandem.common.handoff import Message, TicketGate, decode, encode
+from tandem.common.hosted import OnProgress
+from tandem.common.proto import tandem_pb2 as pb
+from tandem.common.proto import tandem_pb2_grpc as services
+from tandem.common.service import WorkerServer, WorkerShell, describe, new_incarnation
+from tandem.common.worker_config import WorkerConfig
+from tandem.common.worker_watch import WatchHub
+from tandem.decode_worker.worker import DecodeLimits, DecodeWorker
+from tandem.engine.block_pool import BlockPool
+from tandem.engine.config import EngineConfig
+from tandem.engine.engine import Engine
+from tandem.kv_transfer.context import Context
+from tandem.kv_transfer.land import LandLink
+from tandem.kv_transfer.registry import choose, create_receiver
+
+TRANSFER_TIMEOUT = 30.0  # seconds a frame may take
+
+
+class DecodeServer(WorkerServer):
+    @classmethod
+    def start(cls, config: WorkerConfig, engine: EngineConfig, on_progress: OnProgress | None = None) -> DecodeServer:
+        """Load the model, listen, register. Raises ConfigError or ModelError."""
+        loaded = Engine.load(engine, on_progress)
+        incarnation = new_incarnation()
+        connector, why = choose(config.kv_connector, loaded.device)
+        pool = BlockPool(loaded.num_blocks, engine.block_size, engine.enable_prefix_caching)
+        gate = TicketGate(config.cluster_key, "decode", incarnation, loaded.layout.fingerprint)
+        limits = DecodeLimits(engine.max_num_batched_tokens, engine.max_num_seqs)
+        worker = DecodeWorker(loaded, pool, gate, limits)
+        description = describe(config, incarnation, loaded.layout, loaded.max_model_len, engine.max_num_seqs)
+        shell = WorkerShell(config, description, worker, WatchHub(description, worker.load, pool))
+        handoff = _Handoff(config, connector, incarnation, worker, loaded)
+
+        def add(server: grpc.aio.Server, shell: WorkerShell) -> None:
+            services.add_DecodeWorkerServicer_to_server(_Decode(shell, worker), server)
+            services.add_HandoffServicer_to_server(handoff, server)
+
+        shell.start(add)
+        return cls(shell, {**loaded.describe(), "connector": f"{connector} ({why})"})
+
+
+class _Decode(services.DecodeWorkerServicer):
+    def __init__(self, shell: WorkerShell, worker: DecodeWorker) -> None:
+        self._shell, self._worker = shell, worker
+
+    async def Decode(self, request: pb.DecodeRequest, context: Any) -> AsyncIterator[pb.LegUpdate]:
+        try:
+            leg = convert.leg_from_proto(request.leg)
+        except TandemError as exc:
+            await rpc.abort(context, exc)
+        async for update in self._shell.run_leg(
+            leg, lambda leg_id, sink: self._worker.submit(leg_id, leg, sink), context
+        ):
+            yield update
+
+
+class _Handoff(services.HandoffServicer):
+    """One link per prefill incarnation, for as long as P keeps its stream open."""
+
+    def __init__(
+        self, config: WorkerConfig, connector: str, incarnation: str, worker: DecodeWorker, engine: Engine
+    ) -> None:
+        self._config, self._connector, self._incarnation = config, connector, incarnation
+        self._worker, self._engine = worker, engine
+
+    async def Channel(self, request_iterator: AsyncIterator[pb.Envelope], context: Any) -> AsyncIterator[pb.Envelope]:
+        await self._check(context)
+        channel = HandoffChannel(asyncio.get_running_loop())
+        link = self._accept(channel)
+        reader = asyncio.create_task(channel.read(request_iterator))
+        try:
+            async for envelope in channel.outgoing():
+                yield envelope
+        finally:
+            reader.cancel()
+            channel.peer_gone("the prefill worker closed the channel")
+            link.close()
+
+    async def _check(self, context: Any) -> None:
+        metadata = dict(context.invocation_metadata())
+        if metadata.get("tandem-to") != self._incarnation:
+            await rpc.abort(context, TicketRefused("this address now belongs to another incarnation; try again"))
+        if metadata.get("tandem-connector") != self._connector:
+            wanted = metadata.get("tandem-connector")
+            message = f"P pushes by {wanted!r}, D lands by {self._connector!r}; give both the same --kv-connector"
+            await rpc.abort(context, TicketRefused(message))
+
+    def _accept(self, channel: HandoffChannel) -> LandLink:
+        inbox, handoffs = self._worker.inbox, self._worker.handoffs
+        context = Context(channel, self._engine.layout, self._engine.device, self._config.host)
+        link = LandLink(
+            channel,
+            create_receiver(self._connector, context),
+            on_message=lambda message: inbox.put(lambda: handoffs.on_message(link, message)),
+            on_frame=lambda frame, payload: inbox.put(lambda: handoffs.on_frame(link, frame, payload)),
+            on_lost=lambda reason: inbox.put(lambda: handoffs.on_lost(link, reason)),
+            timeout=TRANSFER_TIMEOUT,
+        )
+        link.open()
+        return link
+
+
+class HandoffChannel:
+    """D's end of Handoff.Channel: a kv_transfer Channel over the stream of an asyncio handler."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._queue: asyncio.Queue[pb.Envelope | None] = asyncio.Queue()
+        self._closed = False
+        self._on_message: Callable[[Message], None] | None = None
+        self._on_close: Callable[[str], None] | None = None
+
+    def send(self, message: Message) -> None:
+        if self._closed:
+            raise TransferFailed("the channel to the prefill worker is closed")
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, pb.Envelope(message=encode(message)))
+
+    def listen(self, on_message: Callable[[Message], None], on_close: Callable[[str], None]) -> None:
+        self._on_message, self._on_close = on_message, on_close
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, None)
+
+    async def outgoing(self) -> AsyncIterator[pb.Envelope]:
+        while (envelope := await self._queue.get()) is not None:
+            yield envelope
+
+    async def read(self, incoming: AsyncIterator[pb.Envelope]) -> None:
+        """Deliver until the stream ends; runs on the event loop, where `_on_message` only queues."""
+        reason = "the prefill worker closed the channel"
+        try:
+            async for envelope in incoming:
+                if self._on_message is not None:
+                    self._on_message(decode(envelope.message))
+        except TransferFailed as exc:
+            reason = exc.message
+        except grpc.aio.AioRpcError as exc:
+            reason = rpc.to_error(exc).message
+        self.peer_gone(reason)
+
+    def peer_gone(self, reason: str) -> None:
+        self.close()
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close(reason)

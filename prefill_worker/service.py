@@ -1,0 +1,122 @@
+"""The prefill worker as a process sees it: loads the engine, serves Prefill, and opens links to decode workers."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import grpc
+
+from tandem.common import convert, rpc
+from tandem.common.errors import TandemError, TransferFailed
+from tandem.common.handoff import Message, TicketGate, decode, encode
+from tandem.common.hosted import OnProgress
+from tandem.common.proto import tandem_pb2 as pb
+from tandem.common.proto import tandem_pb2_grpc as services
+from tandem.common.service import WorkerServer, WorkerShell, describe, new_incarnation
+from tandem.common.worker_config import WorkerConfig
+from tandem.common.worker_watch import WatchHub
+from tandem.engine.block_pool import BlockPool
+from tandem.engine.config import EngineConfig
+from tandem.engine.engine import Engine
+from tandem.kv_transfer.context import Context
+from tandem.kv_transfer.push import PushLink
+from tandem.kv_transfer.registry import choose, create_sender
+from tandem.prefill_worker.worker import PrefillLimits, PrefillWorker
+
+TRANSFER_TIMEOUT = 30.0  # seconds a frame may take
+
+
+class PrefillServer(WorkerServer):
+    @classmethod
+    def start(cls, config: WorkerConfig, engine: EngineConfig, on_progress: OnProgress | None = None) -> PrefillServer:
+        """Load the model, listen, register. Raises ConfigError or ModelError."""
+        loaded = Engine.load(engine, on_progress)
+        incarnation = new_incarnation()
+        connector, why = choose(config.kv_connector, loaded.device)
+        pool = BlockPool(loaded.num_blocks, engine.block_size, engine.enable_prefix_caching)
+        gate = TicketGate(config.cluster_key, "prefill", incarnation, loaded.layout.fingerprint)
+        connect = _Connector(config, connector, incarnation, loaded)
+        limits = PrefillLimits(engine.max_num_batched_tokens, engine.max_num_seqs)
+        worker = PrefillWorker(loaded, pool, gate, connect, limits)
+        description = describe(config, incarnation, loaded.layout, loaded.max_model_len, engine.max_num_seqs)
+        shell = WorkerShell(config, description, worker, WatchHub(description, worker.load, pool))
+        shell.start(lambda server, shell: services.add_PrefillWorkerServicer_to_server(_Prefill(shell, worker), server))
+        return cls(shell, {**loaded.describe(), "connector": f"{connector} ({why})"})
+
+
+class _Prefill(services.PrefillWorkerServicer):
+    def __init__(self, shell: WorkerShell, worker: PrefillWorker) -> None:
+        self._shell, self._worker = shell, worker
+
+    async def Prefill(self, request: pb.PrefillRequest, context: Any) -> AsyncIterator[pb.LegUpdate]:
+        try:
+            leg = convert.leg_from_proto(request.leg)
+        except TandemError as exc:
+            await rpc.abort(context, exc)
+        address = request.decode_address
+        async for update in self._shell.run_leg(
+            leg, lambda leg_id, sink: self._worker.submit(leg_id, leg, address, sink), context
+        ):
+            yield update
+
+
+class _Connector:
+    """Opens links to decode workers; a link dials and sets its data path up on threads of its own."""
+
+    def __init__(self, config: WorkerConfig, connector: str, incarnation: str, engine: Engine) -> None:
+        self._config, self._connector, self._incarnation, self._engine = config, connector, incarnation, engine
+
+    def __call__(
+        self, address: str, incarnation: str, on_message: Callable[[Message], None], on_lost: Callable[[str], None]
+    ) -> PushLink:
+        metadata = (
+            ("tandem-from", self._incarnation),
+            ("tandem-to", incarnation),
+            ("tandem-connector", self._connector),
+        )
+        channel = HandoffChannel(rpc.create_sync_channel(address, self._config.cluster_key), metadata)
+        context = Context(channel, self._engine.layout, self._engine.device, self._config.host)
+        link = PushLink(channel, create_sender(self._connector, context), on_message, on_lost, TRANSFER_TIMEOUT)
+        link.open()
+        return link
+
+
+class HandoffChannel:
+    """P's end of Handoff.Channel: a kv_transfer Channel over one gRPC stream."""
+
+    def __init__(self, channel: grpc.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._channel = channel
+        self._outgoing: queue.SimpleQueue[pb.Envelope | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        requests: Iterator[pb.Envelope] = iter(self._outgoing.get, None)
+        self._call = services.HandoffStub(channel).Channel(requests, metadata=metadata)
+
+    def send(self, message: Message) -> None:
+        if self._closed.is_set():
+            raise TransferFailed("the channel to the decode worker is closed")
+        self._outgoing.put(pb.Envelope(message=encode(message)))
+
+    def listen(self, on_message: Callable[[Message], None], on_close: Callable[[str], None]) -> None:
+        def read() -> None:
+            reason = "the decode worker closed the channel"
+            try:
+                for envelope in self._call:
+                    on_message(decode(envelope.message))
+            except grpc.RpcError as exc:
+                reason = rpc.to_error(exc).message
+            except TransferFailed as exc:
+                reason = exc.message
+            self.close()
+            on_close(reason)
+
+        threading.Thread(target=read, name="handoff-channel", daemon=True).start()
+
+    def close(self) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            self._outgoing.put(None)
+            self._call.cancel()
+            self._channel.close()

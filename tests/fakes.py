@@ -1,0 +1,124 @@
+"""A model without weights whose KV cache tells when it is wrong.
+
+The "KV" of position i is a checksum of token_ids[: i + 1]. Before a token is sampled, every position of the sequence
+is read back from its blocks and compared: a block that is foreign, stale, missing or written at the wrong place
+raises ForeignKV. The next token is a checksum too, so anybody can compute the expected output.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from tandem.common.kv_layout import KVLayout
+from tandem.common.request import Leg, LegUpdate, SamplingParams
+from tandem.engine.batch import Sampled, Scheduled
+from tandem.engine.sequence import Sequence
+
+VOCAB = 997
+
+
+class ForeignKV(AssertionError):
+    """A sequence was about to attend to KV that is not its own."""
+
+
+def checksum(token_ids: Seq[int], salt: int = 0) -> int:
+    return zlib.crc32(repr((list(token_ids), salt)).encode())
+
+
+def next_token(token_ids: Seq[int], choice: int = 0) -> int:
+    return checksum(token_ids, choice + 1) % VOCAB
+
+
+def expected_output(prompt: Seq[int], max_tokens: int, choice: int = 0) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens, choice))
+    return tokens[len(prompt) :]
+
+
+class FakeStore:
+    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
+        self.layout = layout
+        self.tensor = torch.zeros(num_blocks, 2, layout.block_size, dtype=torch.int64)  # two layers, to fill the layout
+
+    def read(self, blocks: Seq[int]) -> Tensor:
+        return self.tensor[list(blocks)].clone().view(len(blocks), -1).view(torch.uint8)
+
+    def write(self, blocks: Seq[int], payload: Tensor) -> None:
+        self.tensor[list(blocks)] = payload.contiguous().view(torch.int64).view(len(blocks), 2, -1)
+
+    def copy(self, source: int, target: int) -> None:
+        self.tensor[target] = self.tensor[source]
+
+
+class FakeEngine:
+    """Looks like engine.Engine to a worker."""
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4) -> None:
+        # 2 layers x (key, value) x 1 head x block_size x 1 float = block_size x 16 bytes: two int64 a position
+        self.layout = KVLayout("fake", "float32", block_size, layers=2, kv_heads=1, head_dim=1)
+        self.store = FakeStore(self.layout, num_blocks)
+        self.num_blocks, self.max_model_len, self.vocab_size = num_blocks, num_blocks * block_size, VOCAB
+        self.poison: set[str] = set()  # request ids whose step raises
+        self.steps: list[list[tuple[str, int]]] = []  # (request id, tokens) of each step
+        self.closed = False
+
+    def forward(self, scheduled: list[Scheduled]) -> list[Sampled]:
+        self.steps.append([(item.sequence.request_id, item.num_tokens) for item in scheduled])
+        if any(item.sequence.request_id in self.poison for item in scheduled):
+            raise RuntimeError("poisoned step")
+        for item in scheduled:
+            for position in range(item.sequence.computed, item.sequence.computed + item.num_tokens):
+                self._slot(item.sequence, position)[:] = checksum(item.sequence.token_ids[: position + 1])
+        return [self._sample(item.sequence) for item in scheduled if item.samples]
+
+    def _sample(self, sequence: Sequence) -> Sampled:
+        for position in range(len(sequence.token_ids)):
+            found = self._slot(sequence, position).tolist()
+            if found != [checksum(sequence.token_ids[: position + 1])] * 2:
+                raise ForeignKV(f"{sequence.request_id}: position {position} holds foreign KV")
+        tokens = tuple(next_token(sequence.token_ids, choice) for choice in sequence.choices)
+        return Sampled(sequence, tokens, (None,) * len(tokens))
+
+    def _slot(self, sequence: Sequence, position: int) -> Tensor:
+        size = self.layout.block_size
+        return self.store.tensor[sequence.blocks[position // size], :, position % size]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Client:
+    """Collects the updates of one leg and checks that they are a legal history."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.reasons: dict[int, str] = {}
+        self.ends: list[LegUpdate] = []
+
+    def __call__(self, update: LegUpdate) -> None:
+        assert not self.ends, "an update after the end of the leg"
+        for token in update.tokens:
+            mine = self.tokens.setdefault(token.choice, [])
+            assert self.reasons.get(token.choice, "") == "", "a token after the choice finished"
+            mine.append(token.token_id)
+            self.reasons[token.choice] = token.finish_reason
+        if update.last:
+            self.ends.append(update)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.ends)
+
+    @property
+    def error(self) -> Exception | None:
+        return self.ends[0].error if self.ends else None
+
+
+def make_leg(request_id: str, prompt: Seq[int], max_tokens: int = 8, **changes: object) -> Leg:
+    changes.setdefault("sampling", SamplingParams(max_tokens=max_tokens, temperature=0.0))
+    return Leg(request_id, 1, tuple(prompt), **changes)  # pyright: ignore[reportArgumentType]
