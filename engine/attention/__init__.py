@@ -1,0 +1,75 @@
+"""The attention backends by name, each imported only when chosen, and the one rule that chooses for `auto`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+from tandem.common.errors import ConfigError
+from tandem.engine.attention.base import AttentionBackend
+
+__all__ = ["BACKENDS", "create_attention"]
+
+
+def _reference(device: torch.device) -> AttentionBackend:
+    from tandem.engine.attention.reference import ReferenceAttention
+
+    return ReferenceAttention()
+
+
+def _cpu(device: torch.device) -> AttentionBackend:
+    if device.type != "cpu":
+        raise ConfigError(_refusal("cpu", f"it computes on the CPU, but the model is on {device}"))
+    from tandem.engine.attention.cpu import CpuAttention
+
+    return CpuAttention()
+
+
+def _triton(device: torch.device) -> AttentionBackend:
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(_refusal("triton", "the package triton is not installed"))
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = f"its kernels need a CUDA device, but the model is on {device} (TRITON_INTERPRET=1 interprets them)"
+        raise ConfigError(_refusal("triton", reason))
+    from tandem.engine.attention.triton import TritonAttention
+
+    return TritonAttention()
+
+
+BACKENDS: dict[str, Callable[[torch.device], AttentionBackend]] = {
+    "cpu": _cpu,
+    "reference": _reference,
+    "triton": _triton,
+}
+
+
+def create_attention(name: str, device: torch.device) -> tuple[AttentionBackend, str]:
+    """The backend called `name` (or "auto") for a model on `device`, and why it is this one.
+
+    Raises ConfigError for an unknown name, or a backend that cannot run here.
+    """
+    if name == "auto":
+        name, why = _automatic(device)
+        return BACKENDS[name](device), why
+    if name not in BACKENDS:
+        raise ConfigError(f"unknown attention backend {name!r}; {_supported()}")
+    return BACKENDS[name](device), "asked for"
+
+
+def _automatic(device: torch.device) -> tuple[str, str]:
+    if device.type == "cpu":
+        return "cpu", "the model is on the CPU"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return "triton", "the model is on a CUDA device"
+    return "reference", f"the model is on {device} and triton is not there for it"
+
+
+def _refusal(name: str, reason: str) -> str:
+    return f"attention backend {name!r} cannot run here: {reason}; {_supported()}"
+
+
+def _supported() -> str:
+    return f"supported are auto, {', '.join(BACKENDS)}"

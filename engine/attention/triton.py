@@ -1,0 +1,29 @@
+"""Attention by Triton kernels, on CUDA (or, in tests, in Triton's interpreter)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tandem.engine.attention.base import AttentionMetadata
+from tandem.engine.kernels import kv_write, paged_attention
+from tandem.engine.kernels.paged_attention import NO_WINDOW, Sequences
+
+
+class TritonAttention:
+    """Keeps nothing and never waits for the device: launches depend on the host's lengths only."""
+
+    name = "triton"
+
+    def write(self, kv: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
+        kv_write.write(key, value, kv, meta.slot_blocks, meta.slot_offsets)
+
+    def attend(self, query: Tensor, kv: Tensor, meta: AttentionMetadata, scale: float, window: int | None) -> Tensor:
+        output = torch.empty_like(query)
+        longest, context = max(meta.query_lens), max(meta.context_lens_host)
+        where = Sequences(meta.query_start, meta.context_lens, meta.block_tables, longest, context)
+        if longest > 1:
+            paged_attention.attend_chunks(query, kv, output, where, scale, window or NO_WINDOW)
+        if 1 in meta.query_lens:
+            paged_attention.attend_singles(query, kv, output, where, scale, window or NO_WINDOW)
+        return output

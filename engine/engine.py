@@ -1,0 +1,126 @@
+"""One model on one device, or one tensor-parallel group: token ids in, tokens out. It knows no requests, no peers.
+
+    engine = Engine.load(config)
+    sampled = engine.forward(scheduled)      one step: KV of all scheduled tokens, a token for those that finish
+    engine.store.read(blocks)                KV blocks as bytes, for the hand-off
+    engine.close()
+
+Which tokens are computed and which blocks they use is the schedulers' business.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from tandem.common.errors import ConfigError, InvalidRequest
+from tandem.engine.batch import Sampled, Scheduled, build_batch
+from tandem.engine.config import EngineConfig
+from tandem.engine.parallel import Command, Followers, ShardedStore
+from tandem.engine.plan import Plan
+from tandem.engine.rank import Rank
+from tandem.engine.runner import pack
+from tandem.engine.sampler import sample
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Used by one thread at a time. After a WorkerFailed it is broken: close it and load another."""
+
+    def __init__(self, plan: Plan, rank: Rank, followers: Followers) -> None:
+        self.layout = plan.layout
+        self.store = rank.cache if rank.group.world == 1 else ShardedStore(plan.layout, rank, followers)
+        self.num_blocks = rank.cache.num_blocks
+        self.max_model_len = _fitting_len(plan, self.num_blocks)
+        self.vocab_size = plan.model.vocab_size
+        self.attention_backend = rank.attention.name
+        self.why = rank.why
+        self.device = plan.device(0)
+        self._rank = rank
+        self._followers = followers
+
+    @classmethod
+    def load(cls, config: EngineConfig, on_progress: Callable[[int, int], None] | None = None) -> Engine:
+        """Load weights, size the KV cache, start the other ranks. `on_progress(done, total)` counts bytes.
+
+        Raises ModelError naming the file at fault, ConfigError naming the flag, WorkerFailed when a rank is lost.
+        """
+        plan = Plan.make(config)
+        if plan.config.tensor_parallel_size > 1 and plan.device_type == "cpu":
+            # the ranks share the cores that this process was given
+            torch.set_num_threads(max(1, torch.get_num_threads() // plan.config.tensor_parallel_size))
+        followers = Followers(plan.config)
+        try:
+            rank = Rank.load(plan, followers.join(plan.device(0)), on_progress)
+            engine = cls(plan, rank, followers)
+        except BaseException:
+            followers.close()
+            raise
+        engine._announce(plan)
+        return engine
+
+    @torch.inference_mode()
+    def forward(self, scheduled: list[Scheduled]) -> list[Sampled]:
+        """Compute one step and sample for the items whose `samples` is true, in their order.
+
+        The sequences are not changed, so a failed step can be repeated. A sequence that cannot be sampled gets a
+        Sampled with `error`; it does not disturb the others. Raises WorkerFailed when a rank is lost.
+        """
+        if not scheduled:
+            return []
+        packed = pack(build_batch(scheduled), self.layout.block_size)
+        self._check_tokens(scheduled)
+        self._followers.send(Command.FORWARD, packed)
+        logits = self._rank.runner.forward(packed)
+        sampled = sample(logits, [item.sequence for item in scheduled if item.samples])
+        self._rank.group.check()
+        return sampled
+
+    def describe(self) -> dict[str, object]:
+        """What was loaded and chosen, and why; for people."""
+        return {
+            "device": str(self.device),
+            "dtype": self.layout.dtype,
+            "kv_blocks": self.num_blocks,
+            "kv_tokens": self.num_blocks * self.layout.block_size,
+            "max_model_len": self.max_model_len,
+            "attention": f"{self.attention_backend} ({self.why})",
+        }
+
+    def close(self) -> None:
+        """End the other ranks. Idempotent."""
+        self._followers.close()
+
+    def _check_tokens(self, scheduled: list[Scheduled]) -> None:
+        """An id beyond the vocabulary would read foreign memory or, on CUDA, end the process."""
+        for item in scheduled:
+            start = item.sequence.computed
+            chunk = item.sequence.token_ids[start : start + item.num_tokens]
+            if min(chunk) < 0 or max(chunk) >= self.vocab_size:
+                identity = item.sequence.request_id
+                raise InvalidRequest(f"request {identity} has a token id outside 0 … {self.vocab_size - 1}")
+
+    def _announce(self, plan: Plan) -> None:
+        logger.info("Model: %s in %s, revision %.12s", plan.model.architecture, self.layout.dtype, self.layout.revision)
+        tokens = self.num_blocks * self.layout.block_size
+        concurrency = tokens / self.max_model_len
+        logger.info("KV cache size: %d tokens in %d blocks", tokens, self.num_blocks)
+        logger.info("Maximum concurrency for %d tokens per request: %.2fx", self.max_model_len, concurrency)
+        logger.info("Attention backend: %s (%s) on %s", self.attention_backend, self.why, self.device)
+
+
+def _fitting_len(plan: Plan, num_blocks: int) -> int:
+    """The longest sequence: what was asked for, or as much of the model's own length as the cache holds."""
+    held = num_blocks * plan.layout.block_size
+    if plan.max_model_len <= held:
+        return plan.max_model_len
+    if plan.config.max_model_len is not None:
+        raise ConfigError(
+            f"the KV cache holds {held} tokens, max_model_len {plan.max_model_len} needs more: "
+            "raise kv_cache_memory_bytes or gpu_memory_utilization, or lower max_model_len"
+        )
+    logger.warning("The KV cache holds %d tokens of the model's %d: max_model_len is lowered", held, plan.max_model_len)
+    return held

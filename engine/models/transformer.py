@@ -1,0 +1,138 @@
+"""The one decoder-only transformer of all families (pre-norm, rotary, grouped queries, gated SiLU MLP).
+
+    tokens (T,) -> embed (T, hidden) -> layers, reading and writing the paged KV cache -> norm -> logits (R, vocab)
+
+T are the new tokens of all sequences of a step, without padding; R the rows whose next token is sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tandem.engine.attention.base import AttentionBackend, AttentionMetadata
+from tandem.engine.models.config import ModelConfig
+from tandem.engine.models.layers import ColumnLinear, Placement, RMSNorm, Rotary, RowLinear, Slot, VocabMatrix, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step on the model's device."""
+
+    token_ids: Tensor  # (T,) int64
+    positions: Tensor  # (T,) int64
+    rows: Tensor  # (R,) int64: indices into T
+    meta: AttentionMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class LayerContext:
+    """What all layers of one step share."""
+
+    attention: AttentionBackend
+    meta: AttentionMetadata
+    angles: tuple[Tensor, Tensor]
+
+
+class Attention:
+    def __init__(self, config: ModelConfig, index: int, place: Placement) -> None:
+        world, size = place.group.world, config.head_dim
+        name = f"model.layers.{index}.self_attn"
+        self.heads, self.kv_heads, self.head_dim = config.heads // world, config.kv_heads // world, size
+        self.window = config.windows[index]
+        parts = [
+            (f"{name}.q_proj", config.heads * size),
+            (f"{name}.k_proj", config.kv_heads * size),
+            (f"{name}.v_proj", config.kv_heads * size),
+        ]
+        self.qkv = ColumnLinear(parts, config.hidden_size, config.qkv_bias, place)
+        self.output = RowLinear(f"{name}.o_proj", config.heads * size, config.hidden_size, config.output_bias, place)
+        self.norms = (
+            [RMSNorm(f"{name}.{which}_norm", size, config.norm_eps, place) for which in "qk"] if config.qk_norm else []
+        )
+
+    def __call__(self, x: Tensor, kv: Tensor, context: LayerContext) -> Tensor:
+        """`kv` is this layer's view of the cache: (blocks, 2, kv_heads, block_size, head_dim)."""
+        heads = self.qkv(x).view(len(x), -1, self.head_dim)  # (T, q heads | k heads | v heads, head_dim)
+        query, key, value = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.norms:
+            query, key = self.norms[0](query), self.norms[1](key)
+        query, key = rotate(query, context.angles), rotate(key, context.angles)
+        context.attention.write(kv, key, value, context.meta)
+        seen = context.attention.attend(query, kv, context.meta, self.head_dim**-0.5, self.window)
+        return self.output(seen.reshape(len(x), -1))
+
+    def slots(self) -> Iterator[Slot]:
+        for layer in (self.qkv, self.output, *self.norms):
+            yield from layer.slots()
+
+
+class MLP:
+    def __init__(self, config: ModelConfig, index: int, place: Placement) -> None:
+        name, inner = f"model.layers.{index}.mlp", config.intermediate_size
+        parts = [(f"{name}.gate_proj", inner), (f"{name}.up_proj", inner)]
+        self.gate_up = ColumnLinear(parts, config.hidden_size, config.mlp_bias, place)
+        self.down = RowLinear(f"{name}.down_proj", inner, config.hidden_size, config.mlp_bias, place)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+    def slots(self) -> Iterator[Slot]:
+        yield from self.gate_up.slots()
+        yield from self.down.slots()
+
+
+class Layer:
+    def __init__(self, config: ModelConfig, index: int, place: Placement) -> None:
+        name, size, eps = f"model.layers.{index}", config.hidden_size, config.norm_eps
+        self.attention_norm = RMSNorm(f"{name}.input_layernorm", size, eps, place)
+        self.attention = Attention(config, index, place)
+        self.mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", size, eps, place)
+        self.mlp = MLP(config, index, place)
+
+    def __call__(self, x: Tensor, kv: Tensor, context: LayerContext) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), kv, context)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def slots(self) -> Iterator[Slot]:
+        for part in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
+            yield from part.slots()
+
+
+class Transformer:
+    """Weights are uninitialised until a loader has filled every slot."""
+
+    def __init__(self, config: ModelConfig, place: Placement) -> None:
+        self.config = config
+        self.embedding = VocabMatrix("model.embed_tokens", config.vocab_size, config.hidden_size, place)
+        self.layers = [Layer(config, index, place) for index in range(config.layers)]
+        self.norm = RMSNorm("model.norm", config.hidden_size, config.norm_eps, place)
+        self.head = (
+            self.embedding if config.tied else VocabMatrix("lm_head", config.vocab_size, config.hidden_size, place)
+        )
+        self.rotary = Rotary(config.rope, config.head_dim, place)
+
+    def forward(self, inputs: StepInputs, attention: AttentionBackend, kv: Sequence[Tensor]) -> Tensor:
+        """Write the KV of all tokens into `kv` (one view a layer); return float32 logits of `inputs.rows`.
+
+        They are (R, vocab) on rank 0; on other ranks the result means nothing.
+        """
+        context = LayerContext(attention, inputs.meta, self.rotary.angles(inputs.positions))
+        x = self.embedding.embed(inputs.token_ids)
+        for layer, layer_kv in zip(self.layers, kv, strict=True):
+            x = layer(x, layer_kv, context)
+        return self.head.logits(self.norm(x[inputs.rows])).float()
+
+    def slots(self) -> Iterator[Slot]:
+        """Every checkpoint tensor the model wants, each once, in the order of the layers."""
+        yield from self.embedding.slots()
+        for layer in self.layers:
+            yield from layer.slots()
+        yield from self.norm.slots()
+        if self.head is not self.embedding:
+            yield from self.head.slots()

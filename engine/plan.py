@@ -1,0 +1,131 @@
+"""What an engine is going to be, settled before anything is allocated: every wrong flag or file is found here."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+from dataclasses import dataclass, replace
+
+import torch
+
+from tandem.common.errors import ConfigError
+from tandem.common.kv_layout import ELEMENT_BYTES, KVLayout
+from tandem.engine.checkpoint import Checkpoint
+from tandem.engine.config import EngineConfig
+from tandem.engine.group import Group
+from tandem.engine.loader import check_weights, checkpoint_dtype, resolve_model
+from tandem.engine.models.config import ModelConfig
+from tandem.engine.models.layers import Placement
+from tandem.engine.models.registry import parse_config
+from tandem.engine.models.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Equal on all ranks, each of which makes it from the same config."""
+
+    config: EngineConfig  # `model` is a directory
+    model: ModelConfig
+    checkpoint: Checkpoint
+    layout: KVLayout
+    device_type: str  # cpu | cuda
+    max_model_len: int  # asked for, or the model's own; the KV cache may hold less
+
+    @classmethod
+    def make(cls, config: EngineConfig) -> Plan:
+        """Raises ConfigError for a flag, ModelError for a directory, that cannot work."""
+        _check_flags(config)
+        directory = resolve_model(config.model)
+        checkpoint = Checkpoint.open(directory, weights=config.load_format != "dummy")
+        model = parse_config(checkpoint.config, checkpoint.directory / "config.json")
+        if config.load_format != "dummy":
+            place = Placement(torch.device("meta"), torch.float32, Group())
+            check_weights(checkpoint, Transformer(model, place).slots())
+        _check_split(model, config.tensor_parallel_size)
+        device_type = _device_type(config)
+        layout = KVLayout(
+            revision=_revision(config, checkpoint),
+            dtype=_dtype(config, model, checkpoint, device_type),
+            block_size=config.block_size,
+            layers=model.layers,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+        )
+        max_len = _max_model_len(config, model)
+        return cls(replace(config, model=str(directory)), model, checkpoint, layout, device_type, max_len)
+
+    def device(self, rank: int) -> torch.device:
+        return torch.device("cuda", rank) if self.device_type == "cuda" else torch.device("cpu")
+
+
+def _check_flags(config: EngineConfig) -> None:
+    for flag, value, choices in (("load_format", config.load_format, LOAD_FORMATS), ("device", config.device, DEVICES)):
+        if value not in choices:
+            raise ConfigError(f"{flag} {value!r} is unknown; supported: {', '.join(choices)}")
+    for flag in ("block_size", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
+        if (count := getattr(config, flag)) < 1:
+            raise ConfigError(f"{flag} must be at least 1, not {count}")
+    if not 0.0 < config.gpu_memory_utilization <= 1.0:
+        raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {config.gpu_memory_utilization}")
+
+
+def _check_split(model: ModelConfig, world: int) -> None:
+    sizes = (("attention heads", model.heads), ("KV heads", model.kv_heads), ("MLP columns", model.intermediate_size))
+    for what, size in sizes:
+        if size % world:
+            raise ConfigError(f"tensor_parallel_size {world} does not divide the model's {size} {what}")
+
+
+def _device_type(config: EngineConfig) -> str:
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cpu" or (config.device == "auto" and not available):
+        return "cpu"
+    if available < config.tensor_parallel_size:
+        raise ConfigError(f"{config.tensor_parallel_size} CUDA devices are needed, {available} can be seen")
+    return "cuda"
+
+
+def _dtype(config: EngineConfig, model: ModelConfig, checkpoint: Checkpoint, device_type: str) -> str:
+    name = DTYPE_ALIASES.get(config.dtype, config.dtype)
+    if name == "auto":
+        name = checkpoint_dtype(model, checkpoint.entries)
+        if device_type == "cpu" and name in ("bfloat16", "float16") and not _computes(name):
+            logger.info("dtype float32: this CPU only emulates the checkpoint's %s, about ten times slower", name)
+            return "float32"
+    if name not in ELEMENT_BYTES:
+        raise ConfigError(f"dtype {name!r} is not supported; supported: {', '.join(ELEMENT_BYTES)}")
+    return name
+
+
+def _computes(dtype: str) -> bool:
+    """Whether the CPU has instructions for products of this 16-bit type; torch falls back to slow emulation."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    cpu = torch.cpu
+    wanted = {
+        "bfloat16": (cpu._is_avx512_bf16_supported, cpu._is_amx_tile_supported),  # pyright: ignore[reportPrivateUsage]
+        "float16": (cpu._is_amx_fp16_supported,),  # pyright: ignore[reportPrivateUsage]
+    }
+    return any(supported() for supported in wanted.get(dtype, ()))
+
+
+def _revision(config: EngineConfig, checkpoint: Checkpoint) -> str:
+    """Random weights depend on the seed, the checkpoint's do not."""
+    revision = checkpoint.revision()
+    if config.load_format != "dummy":
+        return revision
+    return hashlib.sha256(f"{revision}|dummy|{config.seed}".encode()).hexdigest()
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    wanted = config.max_model_len or model.max_position
+    if not 1 < wanted <= model.max_position:
+        raise ConfigError(f"max_model_len {wanted} is not in 2 … {model.max_position}, the model's own maximum")
+    return wanted

@@ -1,0 +1,196 @@
+"""From logits to tokens, reproducibly: a token is a function of its logits and of (seed, choice, token index).
+
+    logits -> repetition, frequency, presence penalties -> logit bias -> min_tokens -> greedy: argmax
+           -> / temperature -> weights -> min-p -> top-k -> top-p -> draw
+
+The draw inverts the cumulative distribution of the kept tokens, in the order of their ids, at one uniform number
+hashed from (seed, choice, token index). Weights are integers: sums over them are exact in any order, so neither the
+batch around a row nor the device's way of summing can change a draw. Order by id, not by weight: tiny differences
+between two machines' logits then move the boundaries a little, where with a sorted order two near-equal tokens
+would swap places.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tandem.common.request import Logprobs, SamplingParams
+from tandem.engine.batch import Sampled
+from tandem.engine.sequence import Sequence
+
+UNIT = 1 << 44  # weight of the likeliest token; a vocabulary of 2**18 such sums to 2**62, which int64 holds
+CPU_ELEMENTS, DEVICE_ELEMENTS = 1 << 18, 1 << 22  # logits drawn from at a time: what caches hold; 100 MB of temporaries
+HEAD = 1024  # tokens that top-p looks at first; nearly always enough, and far cheaper than sorting all
+MIN_TEMPERATURE = 1e-5  # below, dividing by it overflows; the draw is the argmax long before
+
+
+def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    """The next token of every choice of every sequence; `logits` (R, vocab), one row for each sequence.
+
+    A row without a finite maximum (a NaN or +inf, or nothing but -inf) gives a Sampled that has an error and no
+    tokens; the other rows are not affected. Does not change `logits`.
+    """
+    logits = logits.float()
+    best, best_ids = logits.max(dim=-1)  # the lowest id among equals; NaN if there is one
+    finite = _list(best.isfinite())
+    chosen = [[token] * len(sequence.choices) for token, sequence in zip(_list(best_ids), sequences, strict=True)]
+    errors = ["" if ok else "the model computed logits that are not finite" for ok in finite]
+    rows = [row for row, sequence in enumerate(sequences) if finite[row] and not _is_plain(sequence.sampling)]
+    elements = CPU_ELEMENTS if logits.device.type == "cpu" else DEVICE_ELEMENTS
+    step = max(1, elements // logits.shape[1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        tokens = _choose(logits[part], [sequences[row] for row in part])
+        for row, drawn in zip(part, tokens, strict=True):
+            chosen[row] = drawn
+            errors[row] = "" if drawn else "logit_bias and min_tokens leave no token to choose"
+    return [
+        Sampled(sequence, (), (), error) if error else Sampled(sequence, tuple(ids), _logprobs(row, ids, sequence))
+        for row, ids, sequence, error in zip(logits, chosen, sequences, errors, strict=True)
+    ]
+
+
+def uniform(seed: int, choice: int, index: int) -> float:
+    """The noise of one token, in [0, 1): 53 bits of BLAKE2b over the three as unsigned little-endian 64-bit numbers."""
+    message = struct.pack("<QQQ", seed, choice, index)
+    digest = hashlib.blake2b(message, digest_size=8, person=b"tandem.sample").digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _is_plain(sampling: SamplingParams) -> bool:
+    """Whether the token is the argmax of the model's logits."""
+    return sampling.greedy and not _is_adjusted(sampling)
+
+
+def _is_adjusted(sampling: SamplingParams) -> bool:
+    penalised = sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty
+    return bool(penalised or sampling.logit_bias or sampling.min_tokens)
+
+
+def _choose(scores: Tensor, sequences: list[Sequence]) -> list[list[int]]:
+    """One token for each choice of each row of `scores` (R, vocab), which is overwritten; none where all is -inf."""
+    for row, sequence in zip(scores, sequences, strict=True):
+        if _is_adjusted(sequence.sampling):
+            _adjust(row, sequence)
+    best, best_ids = scores.max(dim=-1)
+    tokens = [[token] * len(sequence.choices) for token, sequence in zip(_list(best_ids), sequences, strict=True)]
+    random = [row for row, sequence in enumerate(sequences) if not sequence.sampling.greedy]
+    if random:
+        drawn = _draw(scores[random], best[random, None], [sequences[row] for row in random])
+        for row, ids in zip(random, drawn, strict=True):
+            tokens[row] = ids
+    return [ids if ok else [] for ids, ok in zip(tokens, _list(best.isfinite()), strict=True)]
+
+
+def _adjust(scores: Tensor, sequence: Sequence) -> None:
+    """Penalties, bias and min_tokens, in place on one row (vocab,)."""
+    sampling, device = sequence.sampling, scores.device
+    if sampling.repetition_penalty != 1.0:  # as in transformers: of every token seen, prompt included
+        seen = _ids(set(sequence.token_ids), device)
+        values = scores[seen]
+        penalty = sampling.repetition_penalty
+        scores[seen] = torch.where(values < 0, values * penalty, values / penalty)
+    if sampling.frequency_penalty or sampling.presence_penalty:  # as in the OpenAI API: output only
+        counts = Counter(sequence.output_ids)
+        times = torch.tensor(list(counts.values()), dtype=scores.dtype, device=device)
+        scores[_ids(counts, device)] -= times * sampling.frequency_penalty + sampling.presence_penalty
+    bias = {token: value for token, value in sampling.logit_bias if token < len(scores)}
+    scores[_ids(bias, device)] += torch.tensor(list(bias.values()), dtype=scores.dtype, device=device)
+    if sequence.output_len < sampling.min_tokens:
+        scores[_ids((token for token in sampling.stop_token_ids if token < len(scores)), device)] = float("-inf")
+
+
+def _draw(scores: Tensor, best: Tensor, sequences: list[Sequence]) -> list[list[int]]:
+    """Random tokens from `scores` (R, vocab), whose maxima are `best` (R, 1)."""
+    params = [sequence.sampling for sequence in sequences]
+    temperature = _column([max(p.temperature, MIN_TEMPERATURE) for p in params], scores.device)
+    relative = ((scores - best) / temperature.float()).exp()  # of the likeliest token: 1
+    weights = (relative.double() * UNIT).long()
+    weights = _filter(weights, params)
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    width = max(len(sequence.choices) for sequence in sequences)
+    noise = torch.tensor([_noise(sequence, width) for sequence in sequences], dtype=torch.float64, device=scores.device)
+    target = torch.minimum((noise * total).long(), total - 1)  # the float product may round up
+    tokens = _list(torch.searchsorted(cumulative, target, right=True))
+    return [ids[: len(sequence.choices)] for ids, sequence in zip(tokens, sequences, strict=True)]
+
+
+def _noise(sequence: Sequence, width: int) -> list[float]:
+    numbers = [uniform(sequence.sampling.seed, choice, sequence.output_len) for choice in sequence.choices]
+    return numbers + [0.0] * (width - len(numbers))
+
+
+def _filter(weights: Tensor, params: list[SamplingParams]) -> Tensor:
+    """`weights` (R, vocab) int64 with the tokens that min-p, top-k and top-p exclude set to 0.
+
+    Each filter sees what the ones before it left. All three keep a prefix of the order by falling weight, then by
+    rising id: exactly k tokens, and the fewest whose share reaches top_p.
+    """
+    if any(p.min_p > 0.0 for p in params):
+        floor = _column([p.min_p * UNIT for p in params], weights.device)
+        weights = weights.masked_fill(weights < floor, 0)
+    if any(p.top_k > 0 or p.top_p < 1.0 for p in params):
+        width = HEAD if any(p.top_p < 1.0 and p.top_k <= 0 for p in params) else 1
+        weights = _keep_first(weights, *_prefix(weights, params, width))
+    return weights
+
+
+def _prefix(weights: Tensor, params: list[SamplingParams], width: int) -> tuple[Tensor, Tensor]:
+    """(R, 1) each: how many tokens of the order top-k and top-p keep, and the weight of the last of them.
+
+    Looks at the `width` heaviest, or more if a top-k is larger, or a top-p was not reached by so many.
+    """
+    vocab = weights.shape[1]
+    limits = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
+    width = min(vocab, max([width, *(limit for limit in limits if limit < vocab)]))
+    limit = _column(limits, weights.device)
+    top_p = _column([p.top_p for p in params], weights.device)
+    head = weights.topk(width).values
+    head = head.masked_fill(torch.arange(width, device=weights.device) >= limit, 0)
+    mass = torch.where(limit < vocab, head.sum(-1, keepdim=True), weights.sum(-1, keepdim=True))
+    kept = (head > 0) & (head.cumsum(dim=-1) - head < top_p * mass)
+    kept[:, 0] = True
+    unbounded = (limit == vocab) & (top_p >= 1.0)
+    if width < vocab and bool((kept[:, -1:] & (limit == vocab) & ~unbounded).any()):
+        return _prefix(weights, params, width * 16)
+    count = kept.sum(dim=-1, keepdim=True)
+    return count.masked_fill(unbounded, vocab), head.gather(1, count - 1).masked_fill(unbounded, 0)
+
+
+def _keep_first(weights: Tensor, count: Tensor, last: Tensor) -> Tensor:
+    """The `count` first of the order by falling weight and rising id, where the last of them weighs `last`."""
+    heavier = weights > last
+    equal = weights == last
+    room = count - heavier.sum(dim=-1, keepdim=True)
+    return weights.masked_fill(~(heavier | (equal & (equal.cumsum(dim=-1) <= room))), 0)
+
+
+def _list(tensor: Tensor) -> list[Any]:
+    return cast("list[Any]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]  (untyped in torch)
+
+
+def _ids(tokens: Iterable[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(tokens), dtype=torch.long, device=device)
+
+
+def _column(values: Iterable[float], device: torch.device) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64, device=device)[:, None]
+
+
+def _logprobs(logits: Tensor, tokens: list[int], sequence: Sequence) -> tuple[Logprobs | None, ...]:
+    """Of the model's own distribution: before penalties, temperature and filters."""
+    count = sequence.sampling.logprobs
+    if count is None:
+        return (None,) * len(tokens)
+    logprobs = logits.log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(count, logprobs.shape[0]))
+    top = tuple(zip(_list(ids), _list(values), strict=True))
+    return tuple(Logprobs(value, top) for value in _list(logprobs[tokens]))

@@ -1,0 +1,167 @@
+"""D's account of a transfer: rules H1, H2 and H4 (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.common.errors import TransferFailed
+from tandem.common.handoff import Frame, Grant, Manifest
+from tandem.common.kv_layout import KVLayout
+from tandem.kv_transfer.landing import Landing
+
+LAYOUT = KVLayout("test", "float32", 4, 3, 2, 8)
+ID, GENERATION = b"i" * 16, 6
+FIRST, BLOCKS = 2, 5
+LOCAL = [70, 12, 33, 5, 41]  # D's blocks of prompt blocks 2 … 6
+TOKENS = 26  # 6 full blocks and 2 tokens
+HASHES = tuple(bytes([number]) * 32 for number in range(6))
+
+
+def digest(block: int) -> bytes:
+    return bytes([block]) * 16
+
+
+def make_landing() -> Landing:
+    return Landing(Grant(ID, GENERATION, FIRST, BLOCKS), LOCAL, TOKENS, HASHES, LAYOUT)
+
+
+def make_frame(first: int, count: int, **changes) -> Frame:
+    digests = tuple(digest(block % 256) for block in range(first, first + min(count, 32)))
+    size = count * LAYOUT.block_bytes
+    return dataclasses.replace(Frame(ID, GENERATION, first, count, 0, 3, size, digests), **changes)
+
+
+def make_manifest(**changes) -> Manifest:
+    digests = tuple(digest(block) for block in range(FIRST, FIRST + BLOCKS))
+    return dataclasses.replace(Manifest(ID, GENERATION, TOKENS, HASHES, digests, (1,)), **changes)
+
+
+def land_all(landing: Landing) -> None:
+    assert landing.accept(make_frame(4, 3)) == [33, 5, 41]
+    assert landing.accept(make_frame(2, 2)) == [70, 12]
+
+
+def test_frames_in_any_order_then_the_manifest():
+    landing = make_landing()
+    land_all(landing)
+    assert landing.landed == BLOCKS
+    landing.verify(make_manifest())
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        make_frame(2, 2, transfer_id=b"j" * 16),
+        make_frame(2, 2, generation=5),
+        make_frame(2, 2, generation=7),
+        make_frame(1, 2),
+        make_frame(6, 2),
+        make_frame(7, 1),
+        make_frame(0, 7),
+        make_frame(1 << 62, 1),
+        make_frame(2, 0),
+        make_frame(2, 2, first_layer=1),
+        make_frame(2, 2, num_layers=2),
+        make_frame(2, 2, first_layer=1, num_layers=2),
+        make_frame(2, 2, num_bytes=LAYOUT.block_bytes),
+        make_frame(2, 2, num_bytes=3 * LAYOUT.block_bytes),
+        make_frame(2, 2, digests=(digest(2),)),
+        make_frame(2, 2, digests=(digest(2), b"short")),
+    ],
+    ids=str,
+)
+def test_a_frame_that_does_not_fit_is_refused_and_changes_nothing(frame):
+    landing = make_landing()
+    with pytest.raises(TransferFailed):
+        landing.accept(frame)
+    assert landing.landed == 0
+    land_all(landing)
+    landing.verify(make_manifest())
+
+
+def test_a_block_lands_once():
+    landing = make_landing()
+    landing.accept(make_frame(3, 1))
+    for first, count in ((3, 1), (2, 2), (3, 2), (2, 5)):
+        with pytest.raises(TransferFailed, match="repeats"):
+            landing.accept(make_frame(first, count))
+    assert landing.landed == 1
+
+
+DIGESTS = make_manifest().digests
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"transfer_id": b"j" * 16},
+        {"generation": 5},
+        {"num_tokens": TOKENS + 1},
+        {"num_tokens": TOKENS - 1},
+        {"hashes": HASHES[:-1]},
+        {"hashes": (*HASHES, bytes(32))},
+        {"hashes": (HASHES[1], HASHES[0], *HASHES[2:])},
+        {"hashes": ()},
+        {"digests": ()},
+        {"digests": DIGESTS[1:]},
+        {"digests": (*DIGESTS, DIGESTS[0])},
+        {"digests": (*DIGESTS[:-1], bytes(16))},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_disagrees_is_refused(changes):
+    landing = make_landing()
+    land_all(landing)
+    with pytest.raises(TransferFailed):
+        landing.verify(make_manifest(**changes))
+    landing.verify(make_manifest())
+
+
+def test_a_block_that_never_landed_is_refused_whatever_the_manifest_says():
+    landing = make_landing()
+    landing.accept(make_frame(2, 4))
+    with pytest.raises(TransferFailed, match="1 granted blocks never landed, the first is block 6"):
+        landing.verify(make_manifest())
+    with pytest.raises(TransferFailed):
+        landing.verify(make_manifest(digests=DIGESTS[:4]))
+
+
+def test_a_grant_of_nothing_needs_only_the_manifest():
+    landing = Landing(Grant(ID, GENERATION, 6, 0), [], 24, HASHES, LAYOUT)
+    with pytest.raises(TransferFailed):
+        landing.accept(make_frame(6, 1))
+    landing.verify(make_manifest(num_tokens=24, digests=()))
+
+
+small = st.integers(0, 9)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(small, small, st.sampled_from([(ID, 6), (ID, 5), (b"j" * 16, 6)]), small), max_size=12))
+def test_any_run_of_frames_writes_each_granted_block_at_most_once(frames):
+    """Against a model that is a set of prompt blocks."""
+    landing, landed = make_landing(), set[int]()
+    granted = set(range(FIRST, FIRST + BLOCKS))
+    digests: dict[int, bytes] = {}
+    for first, count, (transfer_id, generation), salt in frames:
+        blocks = set(range(first, first + count))
+        names = tuple(bytes([block, salt]) * 8 for block in range(first, first + count))
+        frame = make_frame(first, count, transfer_id=transfer_id, generation=generation, digests=names)
+        fits = bool(blocks) and blocks <= granted and not blocks & landed and (transfer_id, generation) == (ID, 6)
+        if not fits:
+            with pytest.raises(TransferFailed):
+                landing.accept(frame)
+            continue
+        assert landing.accept(frame) == [LOCAL[block - FIRST] for block in sorted(blocks)]
+        landed |= blocks
+        digests.update(zip(sorted(blocks), names, strict=True))
+    manifest = make_manifest(digests=tuple(digests[block] for block in sorted(digests)))
+    if landed == granted:
+        landing.verify(manifest)
+    else:
+        with pytest.raises(TransferFailed):
+            landing.verify(manifest)
