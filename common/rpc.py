@@ -40,6 +40,7 @@ _COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
     # A peer whose machine vanished sends no FIN: only an unanswered ping tells.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # what really ends it: grpc#39239; by default a minute
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )

@@ -11,14 +11,14 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from tandem.common.errors import InternalError
+from tandem.common.errors import InternalError, WorkerFailed
 from tandem.common.request import LegUpdate
 from tandem.common.worker_info import Load
 
 log = logging.getLogger("tandem.worker")
 
 Command = Callable[[], None]  # runs on the worker's thread
-Sink = Callable[[LegUpdate], None]  # takes a leg's updates to whoever asked; called on the worker's thread
+Sink = Callable[[LegUpdate], object]  # takes a leg's updates to whoever asked; called on the worker's thread
 
 IDLE_WAIT = 0.1  # seconds between looks at timers while nothing runs
 
@@ -78,9 +78,9 @@ class Bulkhead:
         self._failures = 0
 
     def failed(self, exc: Exception) -> InternalError:
-        """The error to tell the step's requests. Raises `exc` itself when it was the last straw."""
+        """The error to tell the step's requests. Raises `exc` itself when the engine is lost or fails every time."""
         self._failures += 1
-        if self._failures >= self._limit:
+        if self._failures >= self._limit or isinstance(exc, WorkerFailed):
             raise exc
         log.exception("a step failed; its requests end, the worker goes on: %s", exc)
         return InternalError(f"the engine failed while computing this request ({type(exc).__name__}); try again")

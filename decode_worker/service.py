@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc.aio
@@ -29,6 +29,10 @@ TRANSFER_TIMEOUT = 30.0  # seconds a frame may take
 
 
 class DecodeServer(WorkerServer):
+    def __init__(self, shell: WorkerShell, facts: Mapping[str, object], pool: BlockPool) -> None:
+        super().__init__(shell, facts)
+        self.pool = pool  # for looking at, from other threads
+
     @classmethod
     def start(cls, config: WorkerConfig, engine: EngineConfig, on_progress: OnProgress | None = None) -> DecodeServer:
         """Load the model, listen, register. Raises ConfigError or ModelError."""
@@ -48,7 +52,7 @@ class DecodeServer(WorkerServer):
             services.add_HandoffServicer_to_server(handoff, server)
 
         shell.start(add)
-        return cls(shell, {**loaded.describe(), "connector": f"{connector} ({why})"})
+        return cls(shell, {**loaded.describe(), "connector": f"{connector} ({why})"}, pool)
 
 
 class _Decode(services.DecodeWorkerServicer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -30,6 +30,10 @@ TRANSFER_TIMEOUT = 30.0  # seconds a frame may take
 
 
 class PrefillServer(WorkerServer):
+    def __init__(self, shell: WorkerShell, facts: Mapping[str, object], pool: BlockPool) -> None:
+        super().__init__(shell, facts)
+        self.pool = pool  # for looking at, from other threads
+
     @classmethod
     def start(cls, config: WorkerConfig, engine: EngineConfig, on_progress: OnProgress | None = None) -> PrefillServer:
         """Load the model, listen, register. Raises ConfigError or ModelError."""
@@ -44,7 +48,7 @@ class PrefillServer(WorkerServer):
         description = describe(config, incarnation, loaded.layout, loaded.max_model_len, engine.max_num_seqs)
         shell = WorkerShell(config, description, worker, WatchHub(description, worker.load, pool))
         shell.start(lambda server, shell: services.add_PrefillWorkerServicer_to_server(_Prefill(shell, worker), server))
-        return cls(shell, {**loaded.describe(), "connector": f"{connector} ({why})"})
+        return cls(shell, {**loaded.describe(), "connector": f"{connector} ({why})"}, pool)
 
 
 class _Prefill(services.PrefillWorkerServicer):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from tandem.common.block_hash import BlockHash
 from tandem.common.errors import Cancelled, InternalError, InvalidRequest, TicketRefused, TransferFailed
 from tandem.common.request import SamplingParams
 from tandem.decode_worker.worker import DecodeLimits
+from tandem.prefill_worker.transfer import Transfer
 from tandem.prefill_worker.worker import PrefillLimits
 from tests.fakes import expected_output, next_token
 from tests.worker_pair import Call, Pair
@@ -162,7 +165,7 @@ def test_a_small_prefill_worker_takes_turns() -> None:
     pair.close()
 
 
-@pytest.mark.parametrize("turns", range(0, 14))
+@pytest.mark.parametrize("turns", range(14))
 def test_cancel_after_any_number_of_turns_frees_everything(turns: int) -> None:
     pair = Pair(prefill_limits=PrefillLimits(max_num_batched_tokens=8))
     call = pair.request("r", prompt(30), max_tokens=6)
@@ -199,11 +202,37 @@ def test_a_broken_link_fails_its_transfers_on_both_sides_and_a_new_one_is_made(p
     assert again.output() == expected_output(prompt(30), 8)
 
 
+def test_a_reservation_without_progress_ends_with_its_lease() -> None:
+    pair = Pair(decode_limits=DecodeLimits(lease=0.05))
+    call = pair.request("r", prompt(30))
+    pair.until(lambda: pair.d.worker.handoffs.reserving)
+    pair.until(lambda: call.decode.ended, turn=pair.turn_decode)
+    assert isinstance(call.decode.error, TransferFailed)
+    assert pair.d.pool.counts().reserved == 0
+    pair.until(lambda: call.prefill.ended)
+    assert isinstance(call.prefill.error, TransferFailed), "P was told"
+    pair.assert_conserved()
+    pair.close()
+
+
+def test_a_manifest_that_disagrees_is_never_decoded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = pair.p.worker._finish
+
+    def lie(transfer: Transfer) -> None:
+        transfer.sequence.hashes[0] = BlockHash(bytes(32))
+        finish(transfer)
+
+    monkeypatch.setattr(pair.p.worker, "_finish", lie)
+    call = pair.request("r", prompt(12))
+    pair.until(lambda: call.ended)
+    assert isinstance(call.error, TransferFailed) and not call.decode.tokens
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"decode_incarnation": "d-0", "prefill_incarnation": "p-0"}, {"fingerprint": b"another layout"}],
 )
-def test_tickets_for_others_are_refused(pair: Pair, changes: dict[str, object]) -> None:
+def test_tickets_for_others_are_refused(pair: Pair, changes: dict[str, Any]) -> None:
     call = pair.request("r", prompt(8))
     pair.until(lambda: call.ended)
     sealed = pair.ticket("x", **changes)

