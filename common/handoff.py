@@ -205,7 +205,9 @@ def decode(data: bytes) -> Message:
 
 
 def _pack(values: list[Any]) -> bytes:
-    return msgpack.packb(values, use_bin_type=True)
+    packed = msgpack.packb(values, use_bin_type=True)
+    assert packed is not None, "packb returns None only for streams"
+    return packed
 
 
 def _unpack(data: bytes) -> list[Any]:

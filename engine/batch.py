@@ -1,9 +1,9 @@
 """What one forward pass computes, between scheduler, runner and (for tensor parallelism) the other ranks.
 
-    sequences      s0        s1  s2          two chunks and a decode, concatenated without padding
-    tokens       [ a b c d | e | f g h ]     T = 8
-    query_start    0       4   5        8
-    sample_rows          3   4              rows whose logits are wanted (s2's prompt is not finished)
+sequences      s0        s1  s2          two chunks and a decode, concatenated without padding
+tokens       [ a b c d | e | f g h ]     T = 8
+query_start    0       4   5        8
+sample_rows          3   4              rows whose logits are wanted (s2's prompt is not finished)
 """
 
 from __future__ import annotations

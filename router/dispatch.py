@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,48 +145,55 @@ class Attempt:
         self._without_first = set(leg.choices)
         self._handed_off = False  # the decode worker sent a token: it needs P no longer
         self._limit = asyncio.timeout(None)
+        self._prefill_load = ExitStack()  # until the prefill leg's end
 
     async def run(self) -> None:
         """Until all choices ended. Raises TandemError."""
-        legs = [self._decode(self._pair.decode)]
-        if self._pair.prefill is None:
-            self._started.set()
-        else:
-            legs.append(self._prefill(self._pair.prefill, self._pair.decode))
-        try:
-            async with self._limit:
-                await together(*legs)
-        except TimeoutError:
-            assert self._ended, "only the end of all choices sets the limit"
+        prefill, decode = self._pair.prefill, self._pair.decode
+        legs = [self._decode(decode)]
+        # Counted before the first await, so that the next request of a burst already sees it.
+        with self._prefill_load, decode.running(len(self._leg.choices)):
+            if prefill is None:
+                self._started.set()
+            else:
+                self._prefill_load.enter_context(prefill.running(1))
+                legs.append(self._prefill(prefill, decode))
+            try:
+                async with self._limit:
+                    await together(*legs)
+            except TimeoutError:
+                assert self._ended, "only the end of all choices sets the limit"
 
     @property
     def _ended(self) -> bool:
         return not self._generation.unfinished(self._leg.choices)
 
     async def _prefill(self, worker: Worker, decode: Worker) -> None:
-        with worker.running(1):
-            try:
-                await worker.client.prefill(self._leg, decode.client.address, self._take_first)
-                if not self._started.is_set():
-                    raise WorkerFailed(f"{worker.name} ended its leg without the first token")
-            except TandemError as exc:
-                if not (self._ended or self._handed_off):
-                    self._blame(worker, exc)
-                    raise
-                log.debug("prefill leg of request %s ended late: %s", self._leg.request_id, exc)
+        try:
+            await worker.client.prefill(self._leg, decode.client.address, self._take_first)
+            if not self._started.is_set():
+                raise WorkerFailed(f"{worker.name} ended its leg without the first token")
+        except TandemError as exc:
+            self._failed(worker, exc, needed=not self._handed_off)
+        finally:
+            self._prefill_load.close()
 
     async def _decode(self, worker: Worker) -> None:
-        with worker.running(len(self._leg.choices)):
-            try:
-                await worker.client.decode(self._leg, self._take)
-                await self._started.wait()
-                if not self._ended:
-                    raise WorkerFailed(f"{worker.name} ended its leg before the last token")
-            except TandemError as exc:
-                if not self._ended:
-                    self._blame(worker, exc)
-                    raise
-                log.debug("decode leg of request %s ended late: %s", self._leg.request_id, exc)
+        try:
+            await worker.client.decode(self._leg, self._take)
+            await self._started.wait()
+            if not self._ended:
+                raise WorkerFailed(f"{worker.name} ended its leg before the last token")
+        except TandemError as exc:
+            self._failed(worker, exc, needed=True)
+
+    def _failed(self, worker: Worker, exc: TandemError, needed: bool) -> None:
+        """Raises `exc`, unless the leg had nothing to add any more."""
+        if self._ended or not needed:
+            log.debug("a leg of request %s on %s ended late: %s", self._leg.request_id, worker.name, exc)
+            return
+        self._blame(worker, exc)
+        raise exc
 
     async def _take_first(self, update: LegUpdate) -> None:
         await self._deliver(update)

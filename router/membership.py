@@ -40,7 +40,7 @@ class Discovery(Protocol):
     async def close(self) -> None: ...
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Worker:
     """One live incarnation of a worker."""
 

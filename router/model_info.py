@@ -30,6 +30,8 @@ def read_sampling_defaults(directory: Path) -> dict[str, float]:
         return {}
     config = _read_object(path)
     defaults = {name: config[name] for name in DEFAULTS if config.get(name) is not None}
+    if config.get("do_sample") is False:  # written out, it is the author's word for greedy
+        defaults["temperature"] = 0.0
     for name, value in defaults.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ModelError(f"{path}: {name} is {value!r}, not a number")

@@ -34,8 +34,6 @@ class AttentionBackend(Protocol):
         """Store `key` and `value`, each (T, kv_heads, head_dim), at the new tokens' slots of `kv`."""
         ...
 
-    def attend(
-        self, query: Tensor, kv: Tensor, meta: AttentionMetadata, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, kv: Tensor, meta: AttentionMetadata, scale: float, window: int | None) -> Tensor:
         """Causal attention of `query` (T, heads, head_dim) over the cache. Returns (T, heads, head_dim)."""
         ...

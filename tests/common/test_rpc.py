@@ -272,6 +272,14 @@ async def test_busy_port_is_an_error_that_names_the_address() -> None:
             rpc.bind(rpc.create_server(KEY), "127.0.0.1", port)
 
 
+async def test_a_port_taken_behind_the_first_look_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes may look at the same moment; SO_REUSEPORT would let both listen."""
+    monkeypatch.setattr(rpc, "_probe", lambda host, port: None)
+    async with Running(Everything()) as address:
+        with pytest.raises(errors.ConfigError, match="taken a moment ago"):
+            rpc.bind(rpc.create_server(KEY), "127.0.0.1", int(address.rsplit(":", 1)[1]))
+
+
 async def test_impossible_host_is_an_error_that_names_it() -> None:
     with pytest.raises(errors.ConfigError, match=r"192\.0\.2\.1:0"):
         rpc.bind(rpc.create_server(KEY), "192.0.2.1", 0)

@@ -10,7 +10,10 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from tests.integration.local_cluster import LocalCluster
 
-QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is Tandem?"}]
+QUESTION: list[ChatCompletionMessageParam] = [
+    {"role": "system", "content": "Tandem serves large language models. Answer the question in one or two sentences."},
+    {"role": "user", "content": "What is Tandem?"},
+]
 
 
 @pytest.fixture

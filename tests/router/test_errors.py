@@ -69,7 +69,8 @@ INVALID: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"stream_options": {"include_usage": True}}, "stream_options"),
     (TEXT, {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     (TEXT, {"stream": "yes"}, "stream"),
-    *[(TEXT, {"prompt": value}, "prompt") for value in ("", [], [[]], [""], ["a", ""], [600], [-1], [[5], []], 5, None)],
+    *[(TEXT, {"prompt": value}, "prompt") for value in ("", [], [[]], [""], ["a", ""], [600], [-1], [[5], []], 5)],
+    (TEXT, {"prompt": None}, "prompt"),
     *[(TEXT, {"prompt": value}, "prompt") for value in ([1, "a"], [1 << 63], [[1, "a"]], [True])],
     (TEXT, {"prompt": ["a"] * 600, "n": 2}, "n"),
     (TEXT, {"model": None}, "model"),
@@ -178,9 +179,7 @@ async def test_unknown_routes_and_methods(fake: FakeCluster) -> None:
 
 async def test_unknown_model(fake: FakeCluster) -> None:
     for path, fields in ((CHAT, {"messages": USER}), (TEXT, {"prompt": "a"}), ("/tokenize", {"prompt": "a"})):
-        message = check(
-            await fake.http.post(path, json={"model": "gpt-5", **fields}), 404, "model_not_found", "model"
-        )
+        message = check(await fake.http.post(path, json={"model": "gpt-5", **fields}), 404, "model_not_found", "model")
         assert "gpt-5" in message
     check(await fake.http.get("/v1/models/gpt-5"), 404, "model_not_found", "model")
 

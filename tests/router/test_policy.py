@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.router.policy import IMBALANCE, Candidate, choose
 
 
-def worker(name: str, load: int = 0, cached: int = 0, **fields: bool | int) -> Candidate:
+def worker(name: str, load: int = 0, cached: int = 0, **fields: Any) -> Candidate:
     return Candidate(incarnation=name * 2, name=name, load=load, capacity=16, cached_blocks=cached, **fields)
 
 

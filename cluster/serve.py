@@ -1,0 +1,257 @@
+"""`tandem serve`: starts every process of a cluster, keeps them running, and ends them all.
+
+    check (torch) ─┐                        ┌─ controller ── prefill-0, decode-0, …
+    Redis ─────────┼─► proven ──► Ray ──────┤
+    router ────────┘                        └─ dashboard
+
+Whatever way it ends, nothing stays behind: children die with this process, and orphans become its children.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tandem.cluster import process
+from tandem.cluster.address import check_free, public_url, reachable_host
+from tandem.cluster.check import Check, Verdict
+from tandem.cluster.controller import ClusterView, Limits
+from tandem.cluster.local_redis import LocalRedis
+from tandem.cluster.options import DEMO_NAME, ServeOptions
+from tandem.cluster.router_process import RouterProcess, is_ready, router_command
+from tandem.cluster.run_dir import Record, RunDir
+from tandem.cluster.screen import Screen
+from tandem.common.errors import ConfigError, WorkerFailed
+from tandem.common.worker_config import KEY_VARIABLE, Role, cluster_key_from_env
+
+log = logging.getLogger("tandem.cluster")
+
+STARTING_TICK = 0.2  # seconds between looks at everything while it starts
+TICK = 0.5  # … and afterwards
+CHECK_TIMEOUT = 60.0  # seconds, for a directory
+FETCH_TIMEOUT = 6 * 3600.0  # … and when the hub has to be asked
+HOPELESS = 3  # failures in a row of one worker while the cluster starts
+ANSWER_WITHIN = 20.0  # seconds for the controller
+STOP_GRACE = 4.0  # seconds for the workers to leave in order
+
+
+class Stop(BaseException):
+    """SIGINT, SIGTERM or SIGHUP came."""
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What runs so far."""
+
+    run_dir: RunDir | None = None
+    check: Check | None = None
+    redis: LocalRedis | None = None
+    router: RouterProcess | None = None
+    ray: bool = False
+    controller: Any = None  # a Ray actor's handle
+
+
+class Serve:
+    def __init__(self, options: ServeOptions, screen: Screen | None = None) -> None:
+        self._options = options
+        self._screen = screen or Screen()
+        self._parts = _Parts()
+        self._stopping = False
+        self._start_controller: Callable[[], Any]
+        self._key = cluster_key_from_env() if KEY_VARIABLE in os.environ else secrets.token_bytes(32)
+
+    def run(self) -> None:
+        """Until a signal. Raises TandemError, with the line to print, when it cannot start."""
+        check_free(self._options.host, self._options.port)
+        process.adopt_orphans()
+        self._catch_signals()
+        try:
+            with self._screen:
+                verdict = self._prove()
+                dashboard_url = self._start_ray(verdict)
+                self._until_ready()
+            self._announce(verdict, dashboard_url)
+            while not self._stopping:
+                self._screen.update(self._look())
+                time.sleep(TICK)
+        except Stop:
+            self._screen.step("stopping")
+        finally:
+            self._shut_down()
+
+    # ------------------------------------------------------------------ start
+
+    def _prove(self) -> Verdict:
+        """Everything that does not need a proven model starts while it is being proven."""
+        options, parts = self._options, self._parts
+        self._screen.step(f"checking {options.directory}")
+        engine = options.engine_config(options.directory)
+        parts.run_dir = RunDir()
+        parts.check = Check(engine, options.kv_connector, elsewhere=options.ray_address is not None)
+        if options.redis_url is None:
+            parts.redis = LocalRedis(parts.run_dir.redis_socket)
+        here = Path(options.directory).expanduser().is_dir()
+        verdict = Verdict(options.directory) if here else parts.check.wait(FETCH_TIMEOUT)
+        self._start_router(verdict.directory)
+        from tandem.cluster import ray_session
+
+        ray_session.prepare(options.ray_address)  # a second of importing, best spent now
+        verdict = parts.check.wait(CHECK_TIMEOUT) if here else verdict
+        if parts.redis is not None:
+            parts.redis.wait()
+        return verdict
+
+    def _start_router(self, directory: str) -> None:
+        flags = replace(self._options, model=directory, served_model_name=self._names(directory))
+        command = router_command(flags, flags, self._redis_url, self._key, flags.prefill)
+        self._parts.router = RouterProcess(command, lambda text: self._screen.line(f"(router) {text}"))
+
+    def _start_ray(self, verdict: Verdict) -> str:
+        """Ray and the controller, which starts the workers. The dashboard's URL, or ''."""
+        from tandem.cluster import ray_session
+        from tandem.cluster.plan import Endpoint, launch_spec, threads_per_worker
+        from tandem.cluster.ray_workers import start_controller
+
+        options, parts, space = self._options, self._parts, ray_session.namespace(self._options.cluster)
+        assert parts.run_dir is not None
+        parts.ray = True
+        if options.ray_address is None:
+            self._screen.step("starting Ray")
+            os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(options)))
+            processes = 1 + options.prefill + options.decode
+            session = ray_session.start(parts.run_dir.ray, space, processes, options.dashboard)
+        else:
+            session = ray_session.join(options.ray_address, space, logs=True)
+        self._catch_signals()  # Ray has put its own handlers in place
+        spec = launch_spec(options, verdict.directory, session, Endpoint(self._redis_url, self._key))
+        limits = Limits(options.startup_timeout, options.drain_timeout)
+        wanted: dict[Role, int] = {"prefill": options.prefill, "decode": options.decode}
+        self._start_controller = lambda: start_controller(spec, wanted, limits)
+        parts.controller = self._start_controller()
+        parts.run_dir.write(Record(os.getpid(), self._url, session.address, space))
+        return session.dashboard_url
+
+    def _until_ready(self) -> None:
+        options, router = self._options, self._parts.router
+        assert router is not None
+        deadline = time.monotonic() + options.startup_timeout
+        if router.exit_code is None:
+            router.show()
+        while True:
+            view = self._look()
+            self._screen.update(view)
+            if view.settled and is_ready(reachable_host(options.host), options.port):
+                break
+            if router.exit_code is not None:
+                raise ConfigError(router.last_line or f"the router ended with status {router.exit_code}")
+            _give_up_on(view)
+            if time.monotonic() > deadline:
+                raise WorkerFailed(f"not every worker was ready within {options.startup_timeout:.0f} s")
+            time.sleep(STARTING_TICK)
+
+    def _announce(self, verdict: Verdict, dashboard_url: str) -> None:
+        options = self._options
+        name = self._names(verdict.directory)[0]
+        self._screen.ready(self._url, name, verdict.chat, options.api_key is not None, dashboard_url)
+
+    # ------------------------------------------------------------------ while it runs
+
+    def _look(self) -> ClusterView:
+        """The workers now; what else has died is started again."""
+        from tandem.cluster import ray_calls
+
+        if self._stopping:
+            raise Stop
+        self._revive()
+        try:
+            view: ClusterView = ray_calls.get(self._parts.controller.view.remote(), ANSWER_WITHIN)
+        except ray_calls.ActorLost as exc:
+            self._screen.step(f"the controller was lost ({exc.message}); starting it and its workers again")
+            ray_calls.kill(self._parts.controller)
+            self._parts.controller = self._start_controller()
+            view = ray_calls.get(self._parts.controller.view.remote(), ANSWER_WITHIN)
+        return view
+
+    def _revive(self) -> None:
+        redis, router = self._parts.redis, self._parts.router
+        if redis is not None and not redis.alive:
+            self._screen.step("Redis died; starting it again")
+            redis.restart()
+        if router is not None and router.shown and (news := router.revive(time.monotonic())):
+            self._screen.step(news)
+
+    # ------------------------------------------------------------------ end
+
+    def _catch_signals(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._stopping:
+            if self._parts.run_dir is not None:
+                self._parts.run_dir.remove()
+            process.exit_now(128 + signum)
+        self._stopping = True
+        raise Stop
+
+    def _shut_down(self) -> None:
+        """Whatever has started, and only that; a part that does not end in order is killed with the rest."""
+        self._stopping = True
+        parts = self._parts
+        steps: list[Callable[[], None]] = []
+        if parts.router is not None:
+            router = parts.router
+            steps.append(lambda: router.stop(self._options.shutdown_timeout + 2.0))
+        if parts.ray:
+            steps.append(self._stop_ray)
+        if parts.redis is not None:
+            steps.append(parts.redis.stop)
+        for step in [*steps, process.kill_descendants]:
+            try:
+                step()
+            except Exception as exc:
+                log.warning("while stopping: %s", exc)
+        if parts.run_dir is not None:
+            parts.run_dir.remove()
+
+    def _stop_ray(self) -> None:
+        from tandem.cluster import ray_session
+        from tandem.cluster.ray_workers import stop_controller
+
+        if self._parts.controller is not None:
+            stop_controller(self._parts.controller, STOP_GRACE)
+        ray_session.stop()
+
+    # ------------------------------------------------------------------ names
+
+    @property
+    def _redis_url(self) -> str:
+        if self._parts.redis is not None:
+            return self._parts.redis.url
+        assert self._options.redis_url is not None
+        return self._options.redis_url
+
+    @property
+    def _url(self) -> str:
+        return public_url(self._options.host, self._options.port)
+
+    def _names(self, directory: str) -> list[str]:
+        default = DEMO_NAME if self._options.model is None else Path(directory).resolve().name
+        return self._options.served_model_name or [default]
+
+
+def _give_up_on(view: ClusterView) -> None:
+    """Raises the error of a worker that will not start."""
+    if view.fault:
+        raise ConfigError(view.fault)
+    for worker in view.workers:
+        if worker.failures >= HOPELESS:
+            raise WorkerFailed(f"{worker.name} failed {worker.failures} times: {worker.detail}")

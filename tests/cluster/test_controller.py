@@ -1,0 +1,243 @@
+"""The controller against workers that only exist as reports, on a clock that only the test moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from tandem.cluster.controller import MAX_BACKOFF, STABLE_AFTER, Controller, Limits
+from tandem.common.hosted import Report
+from tandem.common.worker_config import Role
+
+
+@dataclass
+class FakeWorker:
+    name: str
+    report: Report | None = field(default_factory=lambda: Report("loading"))
+    calls: list[str] = field(default_factory=list[str])
+
+    def poll(self, now: float) -> Report | None:
+        return self.report
+
+    def drain(self) -> None:
+        self.calls.append("drain")
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+    def kill(self) -> None:
+        self.calls.append("kill")
+
+
+@dataclass
+class FakeLauncher:
+    launched: list[FakeWorker] = field(default_factory=list[FakeWorker])
+    refusal: str = ""
+
+    def launch(self, name: str, role: Role) -> FakeWorker:
+        if self.refusal:
+            raise RuntimeError(self.refusal)
+        self.launched.append(FakeWorker(name))
+        return self.launched[-1]
+
+    def newest(self, name: str) -> FakeWorker:
+        return next(worker for worker in reversed(self.launched) if worker.name == name)
+
+    def count(self, name: str) -> int:
+        return sum(worker.name == name for worker in self.launched)
+
+
+class Bench:
+    """A controller, its launcher and the time."""
+
+    def __init__(self, prefill: int, decode: int) -> None:
+        self.launcher = FakeLauncher()
+        self.controller = Controller(self.launcher, {"prefill": prefill, "decode": decode}, Limits(startup=100, drain=50))
+        self.now = 1000.0
+
+    def step(self, seconds: float = 0.25) -> None:
+        self.now += seconds
+        self.controller.step(self.now)
+
+    def all_ready(self) -> None:
+        self.step()
+        for worker in self.launcher.launched:
+            worker.report = Report("ready")
+        self.step()
+
+    def fail(self, name: str, error: str = "boom", permanent: bool = False) -> None:
+        self.launcher.newest(name).report = Report("failed", error=error, permanent=permanent)
+
+    @property
+    def phases(self) -> dict[str, str]:
+        return {worker.name: worker.phase for worker in self.controller.view().workers}
+
+
+def test_starts_every_wanted_worker_and_settles_when_all_are_ready() -> None:
+    bench = Bench(prefill=1, decode=2)
+    bench.step()
+    assert bench.phases == {"prefill-0": "loading", "decode-0": "loading", "decode-1": "loading"}
+    assert not bench.controller.view().settled
+    bench.all_ready()
+    assert set(bench.phases.values()) == {"ready"}
+    assert bench.controller.view().settled
+
+
+def test_scaling_one_role_leaves_the_other_alone() -> None:
+    bench = Bench(prefill=1, decode=1)
+    bench.all_ready()
+    bench.controller.scale({"prefill": 3})
+    bench.step()
+    assert bench.phases == {"prefill-0": "ready", "prefill-1": "loading", "prefill-2": "loading", "decode-0": "ready"}
+
+
+def test_the_youngest_worker_leaves_first_and_is_drained_not_killed() -> None:
+    bench = Bench(prefill=1, decode=2)
+    bench.all_ready()
+    bench.controller.scale({"decode": 1})
+    bench.step()
+    leaving = bench.launcher.newest("decode-1")
+    assert bench.phases["decode-1"] == "draining" and bench.phases["decode-0"] == "ready"
+    assert leaving.calls == ["drain"]
+    leaving.report = Report("draining")
+    bench.step(40)
+    assert bench.phases["decode-1"] == "draining"
+    leaving.report = Report("stopped")
+    bench.step()
+    assert "decode-1" not in bench.phases and leaving.calls == ["drain", "kill"]
+    assert bench.controller.view().settled
+
+
+def test_youngest_means_started_last_whatever_its_number() -> None:
+    bench = Bench(prefill=0, decode=2)
+    bench.all_ready()
+    bench.controller.scale({"decode": 1})
+    bench.step()
+    bench.launcher.newest("decode-1").report = Report("stopped")
+    bench.step()
+    bench.controller.scale({"decode": 3})
+    bench.all_ready()
+    bench.fail("decode-0")
+    bench.step()
+    bench.step()
+    bench.all_ready()
+    bench.controller.scale({"decode": 2})
+    bench.step()
+    assert bench.phases == {"decode-0": "ready", "decode-1": "ready", "decode-2": "draining"}
+
+
+def test_a_drain_that_does_not_end_is_cut_at_its_deadline() -> None:
+    bench = Bench(prefill=0, decode=2)
+    bench.all_ready()
+    bench.controller.scale({"decode": 1})
+    bench.step()
+    bench.launcher.newest("decode-1").report = Report("draining")
+    bench.step(49)
+    assert "decode-1" in bench.phases
+    bench.step(2)
+    assert "decode-1" not in bench.phases
+    assert bench.launcher.newest("decode-1").calls == ["drain", "kill"]
+
+
+def test_growing_while_a_worker_drains_takes_a_fresh_name() -> None:
+    bench = Bench(prefill=0, decode=2)
+    bench.all_ready()
+    bench.controller.scale({"decode": 1})
+    bench.step()
+    bench.controller.scale({"decode": 2})
+    bench.step()
+    assert bench.phases == {"decode-0": "ready", "decode-1": "draining", "decode-2": "loading"}
+
+
+def test_a_dead_worker_comes_back_at_once_under_its_name() -> None:
+    bench = Bench(prefill=1, decode=1)
+    bench.all_ready()
+    bench.fail("decode-0", "its process died")
+    bench.step()
+    bench.step()
+    assert bench.phases["decode-0"] == "loading"
+    assert bench.launcher.count("decode-0") == 2
+    assert bench.launcher.launched[1].calls == ["kill"], "the old process must be gone, and its name free"
+    worker = bench.controller.view().workers[1]
+    assert (worker.failures, worker.detail) == (1, "its process died")
+
+
+def test_a_crash_loop_backs_off_and_a_stable_worker_is_forgiven() -> None:
+    bench = Bench(prefill=0, decode=1)
+    starts: list[float] = []
+    bench.step()
+    for _ in range(9):
+        starts.append(bench.now)
+        launches = bench.launcher.count("decode-0")
+        bench.fail("decode-0")
+        while bench.launcher.count("decode-0") == launches:
+            bench.step()
+    gaps = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+    assert gaps[0] <= 0.5
+    assert gaps == sorted(gaps) and gaps[-1] == pytest.approx(MAX_BACKOFF, abs=0.5)
+    bench.all_ready()
+    bench.step(STABLE_AFTER)
+    bench.fail("decode-0")
+    bench.step()
+    assert bench.controller.view().workers[0].failures == 1
+
+
+def test_a_worker_that_never_loads_is_given_up_and_tried_again() -> None:
+    bench = Bench(prefill=0, decode=1)
+    bench.step()
+    bench.step(101)
+    assert bench.launcher.launched[0].calls == ["kill"]
+    bench.step()
+    assert bench.launcher.count("decode-0") == 2
+    assert "did not load" in bench.controller.view().workers[0].detail
+
+
+def test_a_refused_launch_is_tried_again() -> None:
+    bench = Bench(prefill=0, decode=1)
+    bench.launcher.refusal = "the name is taken"
+    bench.step()
+    assert bench.phases == {"decode-0": "backoff"}
+    bench.launcher.refusal = ""
+    bench.step()
+    assert bench.phases == {"decode-0": "loading"}
+
+
+def test_a_fault_that_cannot_heal_is_told_to_whoever_started_the_cluster() -> None:
+    bench = Bench(prefill=0, decode=1)
+    bench.step()
+    bench.fail("decode-0", "model.safetensors: truncated", permanent=True)
+    bench.step()
+    bench.step()
+    assert bench.controller.view().fault == "model.safetensors: truncated"
+    assert bench.launcher.count("decode-0") == 1, "starting it again at once would fail the same way"
+
+
+def test_no_news_is_no_change() -> None:
+    bench = Bench(prefill=0, decode=1)
+    bench.all_ready()
+    bench.launcher.newest("decode-0").report = None
+    bench.step(30)
+    assert bench.phases == {"decode-0": "ready"}
+
+
+def test_shrinking_drops_a_loading_worker_at_once() -> None:
+    bench = Bench(prefill=0, decode=2)
+    bench.step()
+    bench.controller.scale({"decode": 1})
+    bench.step()
+    assert bench.phases == {"decode-0": "loading"}
+    assert bench.launcher.newest("decode-1").calls == ["kill"]
+
+
+def test_stop_asks_every_worker_and_does_not_wait_for_ever() -> None:
+    bench = Bench(prefill=1, decode=1)
+    bench.all_ready()
+    bench.controller.stop(bench.now, grace=4.0)
+    assert all(worker.calls == ["stop"] for worker in bench.launcher.launched)
+    bench.launcher.newest("decode-0").report = Report("stopped")
+    bench.step()
+    assert set(bench.phases) == {"prefill-0"}
+    bench.step(4)
+    assert not bench.phases
+    assert bench.launcher.newest("prefill-0").calls == ["stop", "kill"]

@@ -1,0 +1,158 @@
+"""Who takes part: the Watch streams decide, Redis only hints; and the choice that follows from it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tandem.common import convert
+from tandem.common.block_hash import BlockHash, block_hashes, chain_root
+from tandem.common.proto import tandem_pb2 as pb
+from tandem.common.registry import RegistryUnavailable
+from tandem.common.tokenizer import Tokenizer
+from tandem.common.worker_info import Load, WorkerEvent
+from tests.router.conftest import MakeCluster
+from tests.router.fake_cluster import LAYOUT, FakeCluster, FakeWorker
+
+PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+
+
+def hashes(prompt: list[int], salt: bytes = b"") -> tuple[BlockHash, ...]:
+    return tuple(block_hashes(prompt, LAYOUT.block_size, chain_root(salt, LAYOUT.fingerprint)))
+
+
+async def told(fake: FakeCluster, blocks: int) -> None:
+    await fake.until(lambda: len(fake.members.index) == blocks)
+
+
+async def test_the_longest_cached_prefix_decides_for_both_roles(cluster: MakeCluster) -> None:
+    async with cluster("x", pools=(3, 2)) as fake:
+        fake.prefill[1].tell(blocks=hashes(PROMPT)[:1])
+        fake.prefill[2].tell(blocks=hashes(PROMPT))
+        fake.decode[1].tell(blocks=hashes(PROMPT)[:1])
+        await told(fake, 2)
+        await fake.until(lambda: len(fake.members.index.match(hashes(PROMPT))) == 3)
+        await fake.complete(prompt=PROMPT)
+        assert [len(worker.legs) for worker in fake.prefill] == [0, 0, 1]
+        assert [len(worker.legs) for worker in fake.decode] == [0, 1]
+        await fake.complete(prompt=PROMPT, cache_salt="another tenant")  # whose cache is empty everywhere
+        assert [len(worker.legs) for worker in fake.prefill] == [1, 0, 1]
+
+
+async def test_evicted_blocks_and_dead_workers_are_forgotten(cluster: MakeCluster) -> None:
+    async with cluster("x", pools=(2, 1)) as fake:
+        fake.prefill[1].tell(blocks=hashes(PROMPT))
+        await told(fake, 2)
+        fake.prefill[1].tell(blocks=hashes(PROMPT)[:1])
+        await told(fake, 1)
+        await fake.prefill[1].die()
+        await told(fake, 0)
+        assert (await fake.complete(prompt=PROMPT)).status_code == 200
+
+
+async def test_load_decides_between_equals(cluster: MakeCluster) -> None:
+    async with cluster("x", pools=(2, 2)) as fake:
+        fake.prefill[0].tell(load=Load(waiting=1, blocks_total=9, blocks_free=9))
+        fake.decode[0].tell(load=Load(running=3, blocks_total=9, blocks_free=9))
+        await fake.until(lambda: sum(w.load.running + w.load.waiting for w in fake.members.workers()) == 4)
+        await fake.complete()
+        assert [len(worker.legs) for worker in (*fake.prefill, *fake.decode)] == [0, 1, 0, 1]
+
+
+async def test_own_legs_count_before_the_worker_reports_them(cluster: MakeCluster) -> None:
+    """A burst between two Watch events is spread all the same."""
+    async with cluster("x", pools=(2, 2)) as fake:
+
+        async def hold(worker: FakeWorker, leg: Any, context: Any) -> AsyncIterator[pb.LegUpdate]:
+            await full.wait()
+            async for message in worker._prefill(leg) if worker.role == "prefill" else worker._decode(leg):
+                yield message
+
+        full = asyncio.Event()
+        for worker in (*fake.prefill, *fake.decode):
+            worker.on_leg = hold
+        burst = [asyncio.create_task(fake.complete()) for _ in range(6)]
+        await fake.until(lambda: sum(worker.active for worker in (*fake.prefill, *fake.decode)) == 12)
+        full.set()
+        assert [answer.status_code for answer in await asyncio.gather(*burst)] == [200] * 6
+        assert [len(worker.legs) for worker in (*fake.prefill, *fake.decode)] == [3, 3, 3, 3]
+
+
+async def test_a_minority_with_another_layout_takes_no_part(
+    cluster: MakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with cluster("x", pools=(1, 2)) as fake:
+        odd = FakeWorker("prefill-odd", "prefill", fake.prefill[0].script, layout=replace(LAYOUT, revision="other"))
+        await fake.add(odd)
+        await fake.until(lambda: len(fake.members.all_workers()) == 4)
+        assert odd.name not in {worker.name for worker in fake.members.workers()}
+        status = (await fake.http.get("/status")).json()
+        assert [w["state"] for w in status["workers"]] == ["ready", "ready", "ready", "incompatible"]
+        for _ in range(3):
+            await fake.complete()
+        assert odd.legs == []
+    assert "prefill-odd" in caplog.text and "takes no part" in caplog.text
+
+
+async def test_redis_down_changes_nothing_for_known_workers(
+    cluster: MakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with cluster("x") as fake:
+        fake.registry.error = RegistryUnavailable("down")
+        await fake.until(lambda: not fake.members.registry_up)
+        assert (await fake.complete()).status_code == 200
+        assert fake.metric("tandem_router_registry_up") == 0
+        fake.registry.error = None
+        await fake.until(lambda: fake.members.registry_up)
+    assert caplog.text.count("registry lost") == 1
+
+
+async def test_a_watch_that_skips_an_event_is_out_at_once_and_comes_back(cluster: MakeCluster) -> None:
+    fake = cluster("x")
+    worker = fake.decode[0]
+    watch, skip, streams = worker.Watch, asyncio.Event(), 0
+
+    async def skipping(request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WorkerEvent]:
+        nonlocal streams
+        streams += 1
+        async for event in watch(request, context):
+            yield event
+            if streams == 1:
+                await skip.wait()
+                yield convert.event_to_proto(WorkerEvent(2, "ready", Load()))  # event 1 is due
+
+    worker.Watch = skipping  # type: ignore[method-assign]
+    async with fake:
+        joined = fake.members.workers("decode")
+        skip.set()
+        await fake.until(lambda: fake.members.workers("decode") not in ([], joined))
+        assert streams == 2
+        assert (await fake.complete()).status_code == 200
+
+
+async def test_another_process_at_a_dead_workers_address_is_not_taken_for_it(cluster: MakeCluster) -> None:
+    async with cluster("x", pools=(1, 2)) as fake:
+        real = fake.decode[0].incarnation
+        await fake.decode[0].die()
+        await fake.until(lambda: len(fake.members.workers("decode")) == 1)
+        impostor = FakeWorker("decode-9", "decode", fake.prefill[0].script)
+        await impostor.start()
+        fake.decode[0].address = impostor.address
+        fake.registry.workers.append(impostor)
+        await fake.until(lambda: impostor.incarnation in {w.incarnation for w in fake.members.workers()})
+        assert real not in {worker.incarnation for worker in fake.members.all_workers()}
+
+
+async def test_the_context_is_the_smallest_workers(cluster: MakeCluster, tokenizer: Tokenizer) -> None:
+    async with cluster("x", pools=(1, 2)) as fake:
+        small = FakeWorker("decode-small", "decode", fake.prefill[0].script, max_model_len=40)
+        await fake.add(small)
+        await fake.until(lambda: fake.members.max_model_len == 40)
+        answer = await fake.complete(prompt=[5] * 41)
+        assert "maximum context length is 40 tokens" in answer.json()["error"]["message"]
+        await small.die()
+        await fake.until(lambda: fake.members.max_model_len == 256)
