@@ -1,4 +1,4 @@
-"""What a worker tells its watchers: everything at first, then changes, at most every INTERVAL.
+"""What a worker tells its watchers: everything at first, then what changed, at most every INTERVAL.
 
 Used on the worker's thread, so a new watcher's complete event and the changes behind it have no gap.
 """
@@ -33,6 +33,12 @@ class PrefixCache(Protocol):
 Deliver = Callable[[WorkerEvent], object]  # hands an event to the watcher's own thread
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    state: WorkerState
+    load: Load
+
+
 @dataclass(eq=False, slots=True)
 class Watcher:
     deliver: Deliver
@@ -44,6 +50,7 @@ class WatchHub:
         self._description, self._load, self._cache = description, load, cache
         self._watchers: list[Watcher] = []
         self._next_publish = 0.0
+        self._told: Moment | None = None  # what all watchers know
         self.state: WorkerState = "ready"
 
     def watcher(self, deliver: Deliver) -> Watcher:
@@ -68,7 +75,10 @@ class WatchHub:
         if now < self._next_publish:
             return
         self._next_publish = now + INTERVAL
-        events = self._cache.drain_events()
+        events, news = self._cache.drain_events(), Moment(self.state, self._load())
+        if news == self._told and not events.stored and not events.removed:
+            return
+        self._told = news
         for watcher in self._watchers:
             self._send(watcher, None, tuple(events.stored), tuple(events.removed))
 

@@ -89,8 +89,8 @@ class _End:
         with _translated("setting up the data path"), self._on_device():
             group = make(self._store, self._rank, timeout, self._context.host)
         with self._lock:
-            self._group = group
             if not self._closed:
+                self._group = group
                 return
         _unblock(group)
         raise TransferFailed("the link was closed while its data path was being set up")

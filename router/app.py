@@ -61,7 +61,7 @@ class Services:
         directory = Path(settings.model_dir)
         tokenizer = Tokenizer.load(directory)
         defaults = read_sampling_defaults(directory) if settings.generation_config == "auto" else {}
-        metrics = RouterMetrics()
+        metrics = RouterMetrics(settings.served_model_names[0])
         membership = Membership(registry, settings.cluster_key)
         metrics.follow(membership)
         dispatcher = Dispatcher(settings, membership, metrics)

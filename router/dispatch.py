@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from tandem.common.block_hash import block_hashes, chain_root
-from tandem.common.errors import DeadlineExceeded, InternalError, Overloaded, TandemError, TransferFailed, WorkerFailed
+from tandem.common.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    InternalError,
+    Overloaded,
+    TandemError,
+    TransferFailed,
+    WorkerFailed,
+)
 from tandem.common.handoff import Ticket, new_transfer_id
 from tandem.common.request import Leg, LegUpdate
 from tandem.common.worker_config import Role
@@ -59,6 +67,10 @@ class Dispatcher:
         try:
             async with asyncio.timeout(work.deadline - time.monotonic()):
                 await self._serve(generation, tuple(range(work.choices)), 0)
+        except (WorkerFailed, TransferFailed, ConfigError) as exc:
+            # What workers say may name addresses and processes: that is for the log, not for clients.
+            log.warning("request %s failed: %s", work.id, exc)
+            raise type(exc)("a worker failed while it served this request, and so did the retries; try again") from exc
         except TimeoutError as exc:
             raise DeadlineExceeded("the request missed its deadline; ask for less, or raise --request-timeout") from exc
         return Outcome(min(generation.cached_tokens, len(work.prompt_ids)))

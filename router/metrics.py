@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from tandem.common.errors import TandemError
+from tandem.common.metrics import create_registry, exposition
 from tandem.router.formats import Usage
 from tandem.router.membership import Membership
 from tandem.router.work import ParsedRequest
+
+log = logging.getLogger("tandem.router")
+
+BLOCK_STATES = ("free", "cached", "owned", "reserved", "quarantined")
 
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # seconds
 SLOW = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
@@ -23,8 +29,9 @@ SLOW = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 class RouterMetrics:
     """A registry of its own, so that several routers fit into one process."""
 
-    def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
+    def __init__(self, model_name: str) -> None:
+        self.registry = registry = create_registry()
+        self._model_name = model_name
         name = "tandem_router_"
         self.http_requests = Counter(
             "http_requests", "HTTP requests by route, method and status", ["handler", "method", "status"],
@@ -68,19 +75,20 @@ class RouterMetrics:
         self.registry.register(_WorkerCollector(membership))
 
     def text(self) -> bytes:
-        return generate_latest(self.registry)
+        """Prometheus' format; the same numbers also under vLLM's names, which dashboards know."""
+        return exposition(self.registry, self._model_name)
 
     @contextmanager
     def request(self, request: ParsedRequest) -> Generator[RequestTimeline]:
         """Count a request from here to its one end, whatever that is."""
         timeline = RequestTimeline(self, request.arrival)
         self.in_flight.inc()
-        outcome = "internal_error"
+        outcome, why = "internal_error", ""
         try:
             yield timeline
             outcome = "finished"
         except TandemError as exc:
-            outcome = exc.code
+            outcome, why = exc.code, exc.message
             raise
         except asyncio.CancelledError:
             outcome = "client_disconnected"
@@ -89,7 +97,10 @@ class RouterMetrics:
         finally:
             self.in_flight.dec()
             self.requests.labels(outcome).inc()
-            self.e2e.observe(time.monotonic() - request.arrival)
+            seconds = time.monotonic() - request.arrival
+            self.e2e.observe(seconds)
+            level = logging.DEBUG if outcome == "finished" else logging.INFO
+            log.log(level, "%s ended as %s after %.3f s. %s", request.id, outcome, seconds, why)
 
 
 class RequestTimeline:
@@ -134,6 +145,16 @@ class _WorkerCollector(Collector):
             for worker, value in zip(workers, values, strict=True):
                 family.add_metric([worker.name, worker.description.role], value)
             yield family
+        yield self._blocks()
         up = GaugeMetricFamily("tandem_router_registry_up", "1 while Redis answers")
         up.add_metric([], float(self._membership.registry_up))
         yield up
+
+    def _blocks(self) -> GaugeMetricFamily:
+        """The invariant to watch: the states of a worker sum up to its pool; at rest all are free or cached."""
+        family = GaugeMetricFamily("tandem_worker_blocks", "KV blocks by state", labels=["worker", "role", "state"])
+        for worker in self._membership.all_workers():
+            for state in BLOCK_STATES:
+                labels = [worker.name, worker.description.role, state]
+                family.add_metric(labels, getattr(worker.load, f"blocks_{state}"))
+        return family

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-IMBALANCE = 8  # legs more than the idlest worker has, and the cached prefix no longer decides
+IMBALANCE = 4  # legs more than the idlest worker has, and the cached prefix no longer decides
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -53,7 +54,9 @@ class Bench:
 
     def __init__(self, prefill: int, decode: int) -> None:
         self.launcher = FakeLauncher()
-        self.controller = Controller(self.launcher, {"prefill": prefill, "decode": decode}, Limits(startup=100, drain=50))
+        self.controller = Controller(
+            self.launcher, {"prefill": prefill, "decode": decode}, Limits(startup=100, drain=50)
+        )
         self.now = 1000.0
 
     def step(self, seconds: float = 0.25) -> None:
@@ -173,7 +176,7 @@ def test_a_crash_loop_backs_off_and_a_stable_worker_is_forgiven() -> None:
         bench.fail("decode-0")
         while bench.launcher.count("decode-0") == launches:
             bench.step()
-    gaps = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(starts)]
     assert gaps[0] <= 0.5
     assert gaps == sorted(gaps) and gaps[-1] == pytest.approx(MAX_BACKOFF, abs=0.5)
     bench.all_ready()

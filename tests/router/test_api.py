@@ -295,6 +295,7 @@ async def test_operation_endpoints(cluster: MakeCluster) -> None:
         assert 'tandem_router_requests_total{outcome="finished"} 1.0' in text
         assert 'tandem_worker_running{role="decode",worker="decode-0"}' in text
         assert 'handler="/v1/chat/completions",method="POST",status="200"} 1.0' in text
+        assert "vllm:generation_tokens_total{" in text
         openapi = (await fake.http.get("/openapi.json")).json()
         body = openapi["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert {"messages", "temperature", "stream"} <= set(body["properties"])

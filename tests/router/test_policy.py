@@ -25,7 +25,7 @@ def test_nobody() -> None:
 
 
 def test_longest_cached_prefix_wins_over_load() -> None:
-    assert chosen(worker("a", load=0, cached=1), worker("b", load=5, cached=3)) == "b"
+    assert chosen(worker("a", cached=1), worker("b", load=IMBALANCE, cached=3)) == "b"
 
 
 def test_equal_prefixes_are_decided_by_load_then_waiting_tokens() -> None:
