@@ -174,6 +174,7 @@ class ServeOptions(RouterFlags, EngineFlags, ClusterFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions(RouterFlags, ClusterFlags):
+    shutdown_timeout: Annotated[float, _flag("Seconds that streams get to finish after SIGTERM.", min=0)] = 30.0
     prefill: Annotated[int, _flag("Prefill workers that will come. 0: decode workers prefill too.", min=0)] = 1
 
 

@@ -20,6 +20,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 # Runs before the real program, in its process: asks the kernel for SIGKILL on the parent's death, then execs.
 # Not a preexec_fn, which would run Python between fork and exec of a process with threads.
 _SHIM = Path(__file__).with_name("die_with_parent.py")
+_REAPER = Path(__file__).with_name("reaper.py")
 
 
 def spawn(command: Sequence[str], env: Mapping[str, str] | None = None, stdout: int | IO[bytes] | None = None,
@@ -48,6 +49,14 @@ def stop(process: subprocess.Popen[bytes], grace: float) -> None:
     if process.poll() is None:
         process.kill()
         process.wait(5.0)
+
+
+def start_reaper(directory: Path) -> subprocess.Popen[bytes] | None:
+    """The process that tidies up, `directory` included, if this one is killed. None where there is no /proc."""
+    if sys.platform != "linux":
+        return None
+    command = [sys.executable, "-I", "-S", str(_REAPER), str(os.getpid()), str(directory)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def adopt_orphans() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,8 @@ def namespace(cluster: str) -> str:
 def prepare(address: str | None) -> None:
     """Set Ray's environment and import it, which reads that; a second saved for `start` or `join`."""
     local = address is None or address.startswith("127.0.0.1:")
-    for name, value in (_QUIET | _LOCAL if local else _QUIET).items():
+    plain = {} if sys.stdout.isatty() else {"RAY_COLOR_PREFIX": "0"}
+    for name, value in (_QUIET | plain | (_LOCAL if local else {})).items():
         os.environ.setdefault(name, value)  # the user's own settings win
     import ray as _imported
 

@@ -11,10 +11,11 @@ import os
 import signal
 import socket
 import threading
+from dataclasses import replace
 from types import FrameType
 from typing import Protocol, cast
 
-from tandem.cluster.options import ClusterFlags, RouterOptions, WorkerOptions
+from tandem.cluster.options import DEMO_NAME, ClusterFlags, RouterOptions, WorkerOptions
 from tandem.cluster.router_process import router_command
 from tandem.common import log as logs
 from tandem.common.errors import ConfigError, WorkerFailed
@@ -35,7 +36,9 @@ def run_router(options: RouterOptions) -> int:
     """The router's exit code. Raises ConfigError."""
     from tandem.router.__main__ import main
 
-    command = router_command(options, options, _redis_url(options), cluster_key_from_env(), options.prefill)
+    names = options.served_model_name or ([DEMO_NAME] if options.model is None else None)
+    flags = replace(options, model=options.directory, served_model_name=names)
+    command = router_command(flags, flags, _redis_url(options), cluster_key_from_env(), options.prefill)
     os.environ.update(command.secrets)
     return main(command.arguments)
 

@@ -24,7 +24,9 @@ class Screen:
         self._seen: dict[str, tuple[str, int]] = {}  # per worker: phase, failures
         self._seen.update((name, ("ready", 0)) for name in quiet)  # no news
         columns = (TextColumn("{task.description:<12}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=self._console, transient=True, disable=not self._live)
+        self._progress = Progress(
+            *columns, console=self._console, transient=True, disable=not self._live, refresh_per_second=4
+        )
 
     def __enter__(self) -> Screen:
         self._progress.start()

@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -52,6 +53,7 @@ class _Parts:
     """What runs so far."""
 
     run_dir: RunDir | None = None
+    reaper: subprocess.Popen[bytes] | None = None
     check: Check | None = None
     redis: LocalRedis | None = None
     router: RouterProcess | None = None
@@ -95,6 +97,7 @@ class Serve:
         self._screen.step(f"checking {options.directory}")
         engine = options.engine_config(options.directory)
         parts.run_dir = RunDir()
+        parts.reaper = process.start_reaper(parts.run_dir.path)
         parts.check = Check(engine, options.kv_connector, elsewhere=options.ray_address is not None)
         if options.redis_url is None:
             parts.redis = LocalRedis(parts.run_dir.redis_socket)
