@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tandem.cluster import process, reaper
 
@@ -54,24 +56,38 @@ def test_descendants_are_found_through_every_generation() -> None:
         process.stop(child, grace=5.0)
 
 
-def test_the_reaper_ends_what_a_killed_serve_left(tmp_path: Path) -> None:
+def test_the_reaper_ends_what_a_killed_serve_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grandchild that outlives its parents, as Ray's agents do."""
-    directory = tmp_path / "run"
-    directory.mkdir()
-    program = (
-        "import pathlib, subprocess, sys, time; from tandem.cluster import process\n"
-        "reaper = process.start_reaper(pathlib.Path(sys.argv[1]))\n"
-        "child = subprocess.Popen([sys.executable, '-c', sys.argv[2]], stdout=subprocess.PIPE)\n"
-        "child.stdout.readline(); print(child.pid, reaper.pid, flush=True); time.sleep(600)"
+    (tmp_path / "run").mkdir()
+    nested = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline(); print(child.pid, flush=True); time.sleep(600)"
     )
-    command = [sys.executable, "-c", program, str(directory), SLEEP[-1]]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as serve:
+    looked, look = threading.Event(), reaper.descendants
+
+    def tell(roots: list[int]) -> reaper.Births:
+        found = look(roots)
+        looked.set()
+        return found
+
+    monkeypatch.setattr(reaper, "descendants", tell)
+    read_end, write_end = os.pipe()
+    with (
+        subprocess.Popen([sys.executable, "-c", nested, SLEEP[-1]], stdout=subprocess.PIPE) as serve,
+        os.fdopen(read_end) as stdin,
+    ):
         assert serve.stdout is not None
-        orphan, watcher = (psutil.Process(int(pid)) for pid in serve.stdout.readline().split())
-        looks = watcher.num_ctx_switches().voluntary
-        while watcher.num_ctx_switches().voluntary <= looks:  # until it has woken up, and so looked, once more
-            assert watcher.is_running()
+        orphan = psutil.Process(int(serve.stdout.readline()))
+        monkeypatch.setattr(sys, "argv", ["reaper.py", str(serve.pid), str(tmp_path / "run")])
+        monkeypatch.setattr(sys, "stdin", stdin)
+        watching = threading.Thread(target=reaper.main)
+        watching.start()
+        assert looked.wait(10.0)
         serve.kill()
-    watcher.wait(15.0)
+        serve.wait()
+        os.close(write_end)
+        watching.join(15.0)
+        assert not watching.is_alive()
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
-    assert not directory.exists()
+    assert not (tmp_path / "run").exists()

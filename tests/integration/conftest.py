@@ -1,4 +1,4 @@
-"""One 1P1D cluster with the demo model for all tests that only talk to it."""
+"""One 1P1D cluster with the demo model for the tests of a module that only talk to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.integration.local_cluster import LocalCluster
 DEMO_MODEL = Path(__file__).parents[2] / "engine" / "demo_model"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def demo_cluster() -> Iterator[LocalCluster]:
     engine = EngineConfig(model=str(DEMO_MODEL), device="cpu", kv_cache_memory_bytes=64 << 20)
     with LocalCluster(engine, 1, 1) as cluster:
