@@ -43,7 +43,7 @@ class Check:
         except subprocess.TimeoutExpired as exc:
             process.stop(self._process, grace=0.0)
             raise ConfigError(f"the model was not fetched and checked within {timeout:.0f} s") from exc
-        if self._process.returncode != 0:
+        if self._process.returncode != 0 or not output:
             raise InternalError(f"checking the model ended with status {self._process.returncode}; see above")
         verdict = Verdict(**json.loads(output.splitlines()[-1]))
         if verdict.fault:

@@ -42,14 +42,11 @@ def namespace(cluster: str) -> str:
 
 
 def prepare(address: str | None) -> None:
-    """Set Ray's environment and import it, which reads that; a second saved for `start` or `join`."""
+    """Set Ray's environment, which it reads when it is imported: call this before anything imports Ray."""
     local = address is None or address.startswith("127.0.0.1:")
     plain = {} if sys.stdout.isatty() else {"RAY_COLOR_PREFIX": "0"}
     for name, value in (_QUIET | plain | (_LOCAL if local else {})).items():
         os.environ.setdefault(name, value)  # the user's own settings win
-    import ray as _imported
-
-    del _imported
 
 
 def start(directory: Path, namespace: str, processes: int, dashboard: bool) -> RaySession:

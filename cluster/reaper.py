@@ -25,7 +25,7 @@ Births = dict[int, int]  # pid → start time in clock ticks: together they name
 
 def main() -> None:
     parent, directory = int(sys.argv[1]), sys.argv[2]
-    known: Births = {}
+    known = descendants([parent])
     while not select.select([sys.stdin], [], [], LOOK_INTERVAL)[0]:
         known |= descendants([parent])
     deadline = time.monotonic() + PERSIST

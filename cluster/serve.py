@@ -1,8 +1,7 @@
 """`tandem serve`: starts every process of a cluster, keeps them running, and ends them all.
 
-    check (torch) ─┐                        ┌─ controller ── prefill-0, decode-0, …
-    Redis ─────────┼─► proven ──► Ray ──────┤
-    router ────────┘                        └─ dashboard
+    check of the model (torch)
+    Redis, router ──► Ray with its dashboard ──► controller ──► prefill-0, decode-0, …
 
 Whatever way it ends, nothing stays behind: children die with this process, and orphans become its children.
 """
@@ -14,12 +13,14 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from tandem.cluster import process
 from tandem.cluster.address import check_free, public_url, reachable_host
@@ -30,7 +31,7 @@ from tandem.cluster.options import DEMO_NAME, ServeOptions
 from tandem.cluster.router_process import RouterProcess, is_ready, router_command
 from tandem.cluster.run_dir import Record, RunDir
 from tandem.cluster.screen import Screen
-from tandem.common.errors import ConfigError, WorkerFailed
+from tandem.common.errors import ConfigError, TandemError, WorkerFailed
 from tandem.common.worker_config import KEY_VARIABLE, Role, cluster_key_from_env
 
 log = logging.getLogger("tandem.cluster")
@@ -57,7 +58,7 @@ class _Parts:
     check: Check | None = None
     redis: LocalRedis | None = None
     router: RouterProcess | None = None
-    ray: bool = False
+    ray: Literal["", "starting", "up"] = ""
     controller: Any = None  # a Ray actor's handle
 
 
@@ -67,6 +68,7 @@ class Serve:
         self._screen = screen or Screen()
         self._parts = _Parts()
         self._stopping = False
+        self._verdict: Verdict | None = None  # of the check that runs beside the start
         self._start_controller: Callable[[], Any]
         self._key = cluster_key_from_env() if KEY_VARIABLE in os.environ else secrets.token_bytes(32)
 
@@ -77,22 +79,24 @@ class Serve:
         self._catch_signals()
         try:
             with self._screen:
-                verdict = self._prove()
-                dashboard_url = self._start_ray(verdict)
+                directory = self._prepare()
+                dashboard_url = self._start_ray(directory)
                 self._until_ready()
-            self._announce(verdict, dashboard_url)
+            self._announce(directory, dashboard_url)
             while not self._stopping:
                 self._screen.update(self._look())
                 time.sleep(TICK)
         except Stop:
             self._screen.step("stopping")
+            if self._parts.ray == "starting":
+                self._exit_now(0)  # half a Ray does not shut down, it crashes
         finally:
             self._shut_down()
 
     # ------------------------------------------------------------------ start
 
-    def _prove(self) -> Verdict:
-        """Everything that does not need a proven model starts while it is being proven."""
+    def _prepare(self) -> str:
+        """Starts what does not need Ray, and the check of the model, whose directory is returned."""
         options, parts = self._options, self._parts
         self._screen.step(f"checking {options.directory}")
         engine = options.engine_config(options.directory)
@@ -101,31 +105,46 @@ class Serve:
         parts.check = Check(engine, options.kv_connector, elsewhere=options.ray_address is not None)
         if options.redis_url is None:
             parts.redis = LocalRedis(parts.run_dir.redis_socket)
-        here = Path(options.directory).expanduser().is_dir()
-        verdict = Verdict(options.directory) if here else parts.check.wait(FETCH_TIMEOUT)
-        self._start_router(verdict.directory)
-        from tandem.cluster import ray_session
-
-        ray_session.prepare(options.ray_address)  # a second of importing, best spent now
-        verdict = parts.check.wait(CHECK_TIMEOUT) if here else verdict
+        directory = options.directory
+        if Path(directory).expanduser().is_dir():
+            threading.Thread(target=self._judge, args=(parts.check,), name="check", daemon=True).start()
+        else:
+            self._verdict = parts.check.wait(FETCH_TIMEOUT)
+            directory = self._verdict.directory
+        self._start_router(directory)
         if parts.redis is not None:
             parts.redis.wait()
-        return verdict
+        return directory
+
+    def _judge(self, check: Check) -> None:
+        """Starting Ray cannot be interrupted, and nobody should wait ten seconds to hear of a wrong file name: a model
+        or flag that cannot work ends everything from here, as a second Ctrl-C would."""
+        try:
+            self._verdict = check.wait(CHECK_TIMEOUT)
+        except TandemError as exc:
+            if self._stopping:
+                return
+            self._stopping = True
+            self._screen.close()
+            print(f"tandem: error: {exc.message}", file=sys.stderr, flush=True)
+            self._exit_now(1)
 
     def _start_router(self, directory: str) -> None:
         flags = replace(self._options, model=directory, served_model_name=self._names(directory))
         command = router_command(flags, flags, self._redis_url, self._key, flags.prefill)
         self._parts.router = RouterProcess(command, lambda text: self._screen.line(f"(router) {text}"))
 
-    def _start_ray(self, verdict: Verdict) -> str:
+    def _start_ray(self, directory: str) -> str:
         """Ray and the controller, which starts the workers. The dashboard's URL, or ''."""
         from tandem.cluster import ray_session
+
+        ray_session.prepare(self._options.ray_address)  # first: the modules below import Ray
         from tandem.cluster.plan import Endpoint, launch_spec, threads_per_worker
         from tandem.cluster.ray_workers import start_controller
 
         options, parts, space = self._options, self._parts, ray_session.namespace(self._options.cluster)
         assert parts.run_dir is not None
-        parts.ray = True
+        parts.ray = "starting"
         if options.ray_address is None:
             self._screen.step("starting Ray")
             os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(options)))
@@ -133,8 +152,9 @@ class Serve:
             session = ray_session.start(parts.run_dir.ray, space, processes, options.dashboard)
         else:
             session = ray_session.join(options.ray_address, space, logs=True)
+        parts.ray = "up"
         self._catch_signals()  # Ray has put its own handlers in place
-        spec = launch_spec(options, verdict.directory, session, Endpoint(self._redis_url, self._key))
+        spec = launch_spec(options, directory, session, Endpoint(self._redis_url, self._key))
         limits = Limits(options.startup_timeout, options.drain_timeout)
         wanted: dict[Role, int] = {"prefill": options.prefill, "decode": options.decode}
         self._start_controller = lambda: start_controller(spec, wanted, limits)
@@ -151,7 +171,7 @@ class Serve:
         while True:
             view = self._look()
             self._screen.update(view)
-            if view.settled and is_ready(reachable_host(options.host), options.port):
+            if self._verdict and view.settled and is_ready(reachable_host(options.host), options.port):
                 break
             if router.exit_code is not None:
                 raise ConfigError(router.last_line or f"the router ended with status {router.exit_code}")
@@ -160,10 +180,10 @@ class Serve:
                 raise WorkerFailed(f"not every worker was ready within {options.startup_timeout:.0f} s")
             time.sleep(STARTING_TICK)
 
-    def _announce(self, verdict: Verdict, dashboard_url: str) -> None:
-        options = self._options
-        name = self._names(verdict.directory)[0]
-        self._screen.ready(self._url, name, verdict.chat, options.api_key is not None, dashboard_url)
+    def _announce(self, directory: str, dashboard_url: str) -> None:
+        assert self._verdict is not None
+        keyed = self._options.api_key is not None
+        self._screen.ready(self._url, self._names(directory)[0], self._verdict.chat, keyed, dashboard_url)
 
     # ------------------------------------------------------------------ while it runs
 
@@ -199,11 +219,15 @@ class Serve:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._stopping:
-            if self._parts.run_dir is not None:
-                self._parts.run_dir.remove()
-            process.exit_now(128 + signum)
+            self._exit_now(128 + signum)
         self._stopping = True
         raise Stop
+
+    def _exit_now(self, code: int) -> None:
+        process.kill_descendants(grace=1.0)
+        if self._parts.run_dir is not None:
+            self._parts.run_dir.remove()
+        os._exit(code)
 
     def _shut_down(self) -> None:
         """Whatever has started, and only that; a part that does not end in order is killed with the rest."""
@@ -213,7 +237,7 @@ class Serve:
         if parts.router is not None:
             router = parts.router
             steps.append(lambda: router.stop(self._options.shutdown_timeout + 2.0))
-        if parts.ray:
+        if parts.ray == "up":
             steps.append(self._stop_ray)
         if parts.redis is not None:
             steps.append(parts.redis.stop)

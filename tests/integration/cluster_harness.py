@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -110,7 +111,8 @@ def assert_gone(cluster: Cluster, family: list[psutil.Process], before: set[Path
     psutil.wait_procs(family, timeout=within)
     left = [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not left, f"still running: {[(process.pid, process.name()) for process in left]}"
-    assert shared_memory() <= before, f"left behind: {shared_memory() - before}"
+    orphaned = {path for path in shared_memory() - before if not _mapped(path)}
+    assert not orphaned, f"left behind: {orphaned}"
     assert not run_directories(cluster), f"left behind: {run_directories(cluster)}"
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -125,6 +127,15 @@ def free_port() -> int:
 
 def shared_memory() -> set[Path]:
     return set(SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else set()
+
+
+def _mapped(path: Path) -> bool:
+    """Some living process, so none of ours, uses it."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            if str(path) in maps.read_text():
+                return True
+    return not path.exists()
 
 
 def run_directories(cluster: Cluster) -> list[Path]:
