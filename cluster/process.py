@@ -14,11 +14,13 @@ from typing import IO
 
 import psutil
 
+from tandem.common import proc
+
 _PR_SET_CHILD_SUBREAPER = 36
 
 # Runs before the real program, in its process: asks the kernel for SIGKILL on the parent's death, then execs.
 # Not a preexec_fn, which would run Python between fork and exec of a process with threads.
-_SHIM = Path(__file__).with_name("die_with_parent.py")
+_SHIM = Path(proc.__file__)
 _REAPER = Path(__file__).with_name("reaper.py")
 
 

@@ -20,6 +20,7 @@ from tandem.cluster.router_process import router_command
 from tandem.common import log as logs
 from tandem.common.errors import ConfigError, WorkerFailed
 from tandem.common.hosted import OnProgress, Server
+from tandem.common.model_dir import model_name, resolve_model
 from tandem.common.worker_config import Role, WorkerConfig, cluster_key_from_env
 from tandem.engine.config import EngineConfig
 
@@ -36,8 +37,9 @@ def run_router(options: RouterOptions) -> int:
     """The router's exit code. Raises ConfigError."""
     from tandem.router.__main__ import main
 
-    names = options.served_model_name or ([DEMO_NAME] if options.model is None else None)
-    flags = replace(options, model=options.directory, served_model_name=names)
+    default = DEMO_NAME if options.model is None else model_name(options.model)
+    directory = str(resolve_model(options.directory, weights=False))
+    flags = replace(options, model=directory, served_model_name=options.served_model_name or [default])
     command = router_command(flags, flags, _redis_url(options), cluster_key_from_env(), options.prefill)
     os.environ.update(command.secrets)
     return main(command.arguments)

@@ -32,6 +32,7 @@ from tandem.cluster.router_process import RouterProcess, is_ready, router_comman
 from tandem.cluster.run_dir import Record, RunDir
 from tandem.cluster.screen import Screen
 from tandem.common.errors import ConfigError, TandemError, WorkerFailed
+from tandem.common.model_dir import model_name
 from tandem.common.worker_config import KEY_VARIABLE, Role, cluster_key_from_env
 
 log = logging.getLogger("tandem.cluster")
@@ -82,7 +83,7 @@ class Serve:
                 directory = self._prepare()
                 dashboard_url = self._start_ray(directory)
                 self._until_ready()
-            self._announce(directory, dashboard_url)
+            self._announce(dashboard_url)
             while not self._stopping:
                 self._screen.update(self._look())
                 time.sleep(TICK)
@@ -130,7 +131,7 @@ class Serve:
             self._exit_now(1)
 
     def _start_router(self, directory: str) -> None:
-        flags = replace(self._options, model=directory, served_model_name=self._names(directory))
+        flags = replace(self._options, model=directory, served_model_name=self._names)
         command = router_command(flags, flags, self._redis_url, self._key, flags.prefill)
         self._parts.router = RouterProcess(command, lambda text: self._screen.line(f"(router) {text}"))
 
@@ -180,10 +181,10 @@ class Serve:
                 raise WorkerFailed(f"not every worker was ready within {options.startup_timeout:.0f} s")
             time.sleep(STARTING_TICK)
 
-    def _announce(self, directory: str, dashboard_url: str) -> None:
+    def _announce(self, dashboard_url: str) -> None:
         assert self._verdict is not None
         keyed = self._options.api_key is not None
-        self._screen.ready(self._url, self._names(directory)[0], self._verdict.chat, keyed, dashboard_url)
+        self._screen.ready(self._url, self._names[0], self._verdict.chat, keyed, dashboard_url)
 
     # ------------------------------------------------------------------ while it runs
 
@@ -270,8 +271,9 @@ class Serve:
     def _url(self) -> str:
         return public_url(self._options.host, self._options.port)
 
-    def _names(self, directory: str) -> list[str]:
-        default = DEMO_NAME if self._options.model is None else Path(directory).resolve().name
+    @property
+    def _names(self) -> list[str]:
+        default = DEMO_NAME if self._options.model is None else model_name(self._options.model)
         return self._options.served_model_name or [default]
 
 

@@ -10,6 +10,7 @@ Blocks are named by their index in the prompt, never by an address: each side ma
 from __future__ import annotations
 
 import functools
+import heapq
 import hmac
 import secrets
 import time
@@ -71,7 +72,8 @@ class TicketGate:
         self._role = role
         self._incarnation = incarnation
         self._fingerprint = fingerprint
-        self._used: dict[bytes, float] = {}  # transfer id → monotonic time at which the ticket has expired anyway
+        self._used: set[bytes] = set()  # transfer ids
+        self._expiry: list[tuple[float, bytes]] = []  # heap: when each of them may be forgotten, monotonic
 
     def verify(self, sealed: bytes) -> Ticket:
         """The ticket inside. Raises TicketRefused."""
@@ -91,8 +93,10 @@ class TicketGate:
         ticket, now = self.verify(sealed), time.monotonic()
         if ticket.transfer_id in self._used:
             raise TicketRefused(f"ticket of {ticket.request_id} was used before")
-        self._used = {used: expiry for used, expiry in self._used.items() if expiry > now}
-        self._used[ticket.transfer_id] = now + ticket.timeout
+        while self._expiry and self._expiry[0][0] <= now:
+            self._used.discard(heapq.heappop(self._expiry)[1])
+        self._used.add(ticket.transfer_id)
+        heapq.heappush(self._expiry, (now + ticket.timeout, ticket.transfer_id))
         return ticket
 
 

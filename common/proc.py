@@ -1,4 +1,8 @@
-"""Processes that must not outlive the one that started them."""
+"""Processes that must not outlive the one that started them.
+
+As a script, `python proc.py PARENT_PID PROGRAM ARGS…` becomes PROGRAM, killed by the kernel when the parent dies: for
+programs that are not ours. Standard library only, so that it costs next to nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,3 +29,12 @@ def die_with_parent(parent_pid: int | None = None, how: signal.Signals = signal.
         raise OSError(number, f"prctl(PR_SET_PDEATHSIG): {os.strerror(number)}")
     if parent_pid is not None and os.getppid() != parent_pid:
         os.kill(os.getpid(), how)
+
+
+def main() -> None:
+    die_with_parent(int(sys.argv[1]), signal.SIGKILL)
+    os.execvp(sys.argv[2], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

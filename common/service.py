@@ -84,7 +84,7 @@ class WorkerShell:
     # ------------------------------------------------------------------ life
 
     def start(self, add_servicers: AddServicers) -> None:
-        """Listen, register, run. Raises ConfigError when the address is taken."""
+        """Listen, register, run. Raises ConfigError when the address is taken or the Redis URL cannot be."""
         self._loop_thread.start()
         self._worker_thread.start()
         self._run(self._listen(add_servicers), START_TIMEOUT)
@@ -114,8 +114,9 @@ class WorkerShell:
         add_servicers(self._server, self)
         port = rpc.bind(self._server, self._config.host, self._config.port)
         self.address = rpc.format_address(self._config.host, port)
+        registry = Registry(self._config.redis_url, self._config.cluster)  # a bad URL fails here, not in the task
         await self._server.start()
-        self._heartbeat = asyncio.create_task(self._register())
+        self._heartbeat = asyncio.create_task(self._register(registry))
 
     async def _shut_down(self) -> None:
         if self._heartbeat is not None:
@@ -124,9 +125,8 @@ class WorkerShell:
         if self._server is not None:
             await self._server.stop(grace=0.5)
 
-    async def _register(self) -> None:
+    async def _register(self, registry: Registry) -> None:
         """Publish until cancelled. Redis may be away: it holds hints only, and the next heartbeat tries again."""
-        registry = Registry(self._config.redis_url, self._config.cluster)
         try:
             reachable = True
             while self.healthy():

@@ -41,9 +41,11 @@ class Early:
 class Handoffs:
     """All reservations of one decode worker. Used by the worker's thread only."""
 
-    def __init__(self, pool: BlockPool, store: BlockStore, gate: TicketGate, lease: float, park: float) -> None:
+    def __init__(
+        self, pool: BlockPool, store: BlockStore, gate: TicketGate, vocab_size: int, lease: float, park: float
+    ) -> None:
         self._pool, self._store, self._gate = pool, store, gate
-        self._lease, self._park = lease, park
+        self._vocab_size, self._lease, self._park = vocab_size, lease, park
         self._reservations: dict[bytes, Reservation] = {}  # by transfer id, in order of arrival
         self._early: dict[bytes, Early] = {}
         self._generations = itertools.count(1)
@@ -125,8 +127,9 @@ class Handoffs:
         if reservation is None or reservation.link is not link:
             return None
         generation = getattr(message, "generation", 0)
-        before_grant = isinstance(message, Abort) and generation == 0
-        return reservation if before_grant or generation == reservation.generation else None
+        if generation == 0:  # before the grant: only an Abort can be meant
+            return reservation if isinstance(message, Abort) else None
+        return reservation if generation == reservation.generation else None
 
     def _on_reserve(self, link: LandLink, message: Reserve) -> None:
         try:
@@ -148,15 +151,18 @@ class Handoffs:
     # ------------------------------------------------------------------ grant, verify, admit
 
     def tick(self) -> None:
-        """Timers, then grants to those parked, oldest first."""
-        now = time.monotonic()
+        """Timers, then grants to those parked, strictly oldest first: a large prompt is not overtaken by small ones
+        that use up the room it waits for."""
+        now, room = time.monotonic(), True
         for reservation in list(self._reservations.values()):
             if now >= reservation.deadline:
                 self._fail(reservation, DeadlineExceeded("the request's deadline passed during the hand-off"))
             elif reservation.phase is Phase.LANDING and now >= reservation.lease:
                 self._fail(reservation, TransferFailed("the hand-off made no progress within its lease"))
-            elif reservation.phase is Phase.PARKED and not self._grant(reservation) and now >= reservation.lease:
-                self._later(reservation)
+            elif reservation.phase is Phase.PARKED:
+                room = room and self._grant(reservation)
+                if not room and now >= reservation.lease:
+                    self._later(reservation)
         for key, early in [(key, early) for key, early in self._early.items() if now >= early.expiry]:
             del self._early[key]
             early.link.post(Refuse(key, True, "the decode worker has not heard of this request yet"))
@@ -193,6 +199,8 @@ class Handoffs:
             landing.verify(manifest)
             if len(manifest.first_tokens) != len(sequence.choices):
                 raise TransferFailed("the manifest names another number of choices than the request")
+            if max(manifest.first_tokens) >= self._vocab_size:
+                raise TransferFailed("the manifest's first tokens are not in the model's vocabulary")
         except TransferFailed as exc:
             self._fail(reservation, exc)
             return

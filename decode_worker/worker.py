@@ -57,7 +57,7 @@ class DecodeWorker:
         self.scheduler = DecodeScheduler(
             pool, engine.layout.fingerprint, limits.max_num_batched_tokens, limits.max_num_seqs
         )
-        self.handoffs = Handoffs(pool, engine.store, gate, limits.lease, limits.park)
+        self.handoffs = Handoffs(pool, engine.store, gate, engine.vocab_size, limits.lease, limits.park)
         self.handoffs.room_for, self.handoffs.on_landed = self.scheduler.room_for, self._run_landed
         self._legs: dict[int, RunningLeg] = {}
         self._by_sequence: dict[Sequence, RunningLeg] = {}

@@ -73,8 +73,8 @@ class Engine:
             return []
         packed = pack(build_batch(scheduled), self.layout.block_size)
         self._check_tokens(scheduled)
-        self._followers.send(Command.FORWARD, packed)
-        logits = self._rank.runner.forward(packed)
+        with self._followers.together(Command.FORWARD, packed):
+            logits = self._rank.runner.forward(packed)
         sampled = sample(logits, [item.sequence for item in scheduled if item.samples])
         self._rank.group.check()
         return sampled

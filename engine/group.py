@@ -30,7 +30,7 @@ class Group:
         self.world = world
         self.device = device or torch.device("cpu")
         self._backend: Any = backend  # ProcessGroupGloo | ProcessGroupNCCL; None with one rank
-        self._failure = ""
+        self.failure = ""  # why the group broke
 
     @classmethod
     def join(cls, store: Path, rank: int, world: int, device: torch.device) -> Group:
@@ -83,14 +83,14 @@ class Group:
 
     def abort(self, reason: str) -> None:
         """Another thread saw the group break. NCCL kernels do not notice a lost peer by themselves; Gloo does."""
-        self._failure = self._failure or reason
+        self.failure = self.failure or reason
         if self.device.type == "cuda" and self._backend is not None:
             self._backend.abort()
 
     def check(self) -> None:
         """Raises WorkerFailed when the group broke: what was computed meanwhile is worthless."""
-        if self._failure:
-            raise WorkerFailed(self._failure)
+        if self.failure:
+            raise WorkerFailed(self.failure)
 
     def close(self) -> None:
         self._backend = None
@@ -100,8 +100,8 @@ class Group:
         try:
             collective(*arguments).wait()
         except RuntimeError as exc:
-            self._failure = self._failure or f"tensor-parallel rank {self.rank} of {self.world} lost its group: {exc}"
-            raise WorkerFailed(self._failure) from exc
+            self.failure = self.failure or f"tensor-parallel rank {self.rank} of {self.world} lost its group: {exc}"
+            raise WorkerFailed(self.failure) from exc
 
 
 def _gloo(store: Store, rank: int, world: int) -> Any:

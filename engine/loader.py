@@ -1,4 +1,4 @@
-"""From a model's name to weights in place: find the directory, prove that the checkpoint fits, copy shard by shard.
+"""From a checkpoint to weights in place: prove that it fits the model, then copy shard by shard.
 
 The proof needs headers only and comes before anything is allocated: a broken directory costs no memory and no time.
 A rank of a tensor-parallel group copies its slice out of the memory map and never holds a whole tensor.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 
@@ -23,26 +21,6 @@ from tandem.engine.models.layers import Slot
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
-HUB_IGNORED = ["consolidated*", "original/*"]  # the same weights again, under the publisher's own names
-
-
-def resolve_model(model: str) -> Path:
-    """The directory of `model`, a path or a Hugging Face hub id (fetched or from its cache). Raises ModelError."""
-    path = Path(model).expanduser()
-    if model and path.is_dir():
-        return path
-    if path.exists() or not HUB_ID.fullmatch(model):
-        raise ModelError(f"{model!r} is not a directory, and not a Hugging Face hub id (organisation/name)")
-    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]  # its tqdm_class
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED))
-    except Exception as exc:  # the hub's, its HTTP client's and the file system's errors have no common base
-        reason = next(iter(str(exc).splitlines()), type(exc).__name__)
-        raise ModelError(f"{model!r} is not a directory, and cannot be fetched from the hub: {reason}") from exc
 
 
 def check_weights(checkpoint: Checkpoint, slots: Iterable[Slot]) -> None:

@@ -10,7 +10,6 @@ and the pipe's end, like its parent's death, ends it. Within a command every col
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -22,7 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import IntEnum
 from pathlib import Path
@@ -31,8 +31,10 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from tandem.common import log
 from tandem.common.errors import TandemError, WorkerFailed
 from tandem.common.kv_layout import KVLayout
+from tandem.common.proc import die_with_parent
 from tandem.engine.config import EngineConfig
 from tandem.engine.group import Group
 from tandem.engine.plan import Plan
@@ -44,7 +46,6 @@ logger = logging.getLogger(__name__)
 HEADER = struct.Struct("<qq")  # command, number of its int64 arguments
 START_TIMEOUT = 120.0  # seconds for importing torch on a busy machine
 STOP_TIMEOUT = 5.0
-PR_SET_PDEATHSIG = 1
 
 
 class Command(IntEnum):
@@ -82,14 +83,25 @@ class Followers:
         self._directory.cleanup()  # only needed to find each other
         return self._group
 
-    def send(self, command: Command, arguments: Tensor) -> None:
-        """Start `command` on all followers; the caller then does the same on rank 0. `arguments`: (n,) int64."""
+    @contextmanager
+    def together(self, command: Command, arguments: Tensor) -> Generator[None]:
+        """Start `command` on all followers; the body does the same on rank 0. `arguments`: (n,) int64.
+
+        A body that fails leaves the followers in a collective that rank 0 never reaches, and they would take its next
+        one for it: so the group is broken then. Raises WorkerFailed.
+        """
         if not self._followers:
+            yield
             return
         self._group.check()
         for follower in self._followers:
             follower.send(HEADER.pack(command, len(arguments)))
         self._group.broadcast(arguments)
+        try:
+            yield
+        except Exception as exc:
+            self._group.abort(f"tensor-parallel rank 0 failed in the midst of a step ({exc}); restart this worker")
+            raise exc if isinstance(exc, WorkerFailed) else WorkerFailed(self._group.failure) from exc
 
     def close(self) -> None:
         """End the followers; those that do not end by themselves are killed. Idempotent."""
@@ -192,8 +204,8 @@ class ShardedStore:
 
     @torch.inference_mode()
     def read(self, blocks: Sequence[int]) -> Tensor:
-        self._followers.send(Command.READ, torch.tensor(blocks, dtype=torch.int64))
-        parts = self._group.gather(self._cache.read(blocks))
+        with self._followers.together(Command.READ, torch.tensor(blocks, dtype=torch.int64)):
+            parts = self._group.gather(self._cache.read(blocks))
         heads = self.layout.kv_heads // self._group.world
         shape = (len(blocks), self.layout.layers * 2, heads, self._head_bytes)
         return torch.cat([part.view(shape) for part in parts], dim=2).view(len(blocks), -1)
@@ -201,14 +213,15 @@ class ShardedStore:
     @torch.inference_mode()
     def write(self, blocks: Sequence[int], payload: Tensor) -> None:
         assert payload.shape == (len(blocks), self.layout.block_bytes), f"{payload.shape} for {len(blocks)} blocks"
-        self._followers.send(Command.WRITE, torch.tensor(blocks, dtype=torch.int64))
         shape = (len(blocks), self.layout.layers * 2, self.layout.kv_heads, self._head_bytes)
         parts = payload.to(self._group.device).view(shape).chunk(self._group.world, dim=2)
-        self._cache.write(blocks, self._group.scatter(list(parts), torch.empty_like(parts[0])).view(len(blocks), -1))
+        with self._followers.together(Command.WRITE, torch.tensor(blocks, dtype=torch.int64)):
+            mine = self._group.scatter(list(parts), torch.empty_like(parts[0]))
+            self._cache.write(blocks, mine.view(len(blocks), -1))
 
     def copy(self, source: int, target: int) -> None:
-        self._followers.send(Command.COPY, torch.tensor([source, target]))
-        self._cache.copy(source, target)
+        with self._followers.together(Command.COPY, torch.tensor([source, target])):
+            self._cache.copy(source, target)
 
     @property
     def _head_bytes(self) -> int:
@@ -236,24 +249,17 @@ def follow(rank: Rank, commands: IO[bytes]) -> None:
                 cache.copy(source, target)
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, however that happens."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above
-        sys.exit(1)
-
-
 def main() -> None:
     """A follower's life. Signals of the terminal are for rank 0; the pipe tells when it is over."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log.configure("warning")
     commands, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # nobody reads what else is printed
     spec: dict[str, Any] = json.loads(commands.readline() or "{}")
     if not spec:
         sys.exit(1)
-    _die_with(spec["parent"])
+    die_with_parent(spec["parent"], signal.SIGKILL)
     try:
         plan = Plan.make(EngineConfig(**spec["config"]))
     except TandemError as exc:

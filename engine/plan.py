@@ -11,10 +11,11 @@ import torch
 
 from tandem.common.errors import ConfigError
 from tandem.common.kv_layout import ELEMENT_BYTES, KVLayout
+from tandem.common.model_dir import resolve_model
 from tandem.engine.checkpoint import Checkpoint
 from tandem.engine.config import EngineConfig
 from tandem.engine.group import Group
-from tandem.engine.loader import check_weights, checkpoint_dtype, resolve_model
+from tandem.engine.loader import check_weights, checkpoint_dtype
 from tandem.engine.models.config import ModelConfig
 from tandem.engine.models.layers import Placement
 from tandem.engine.models.registry import parse_config

@@ -41,8 +41,7 @@ class Transfer:
     phase_deadline: float = 0.0  # monotonic; for the answer awaited in ASKED and SENT
     retry_at: float = 0.0  # monotonic; not before may D be asked again
     generation: int = 0
-    first_block: int = 0  # D already has the prompt's blocks before this one
-    pushed: int = 0  # prompt blocks [first_block, pushed) are on their way
+    pushed: int = 0  # D has the prompt's blocks before this one, or they are on their way
     started: float = 0.0  # monotonic; first chunk
     sampled: float = 0.0  # monotonic; first token
     first_tokens: tuple[int, ...] = ()  # of each choice, once sampled

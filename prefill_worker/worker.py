@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ Connect = Callable[[str, str, Callable[[Message], None], Callable[[str], None]],
 class PrefillLimits:
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 64
-    reserve_ahead: int = 4  # transfers that may hold or await a grant before their first chunk
+    reserve_ahead: int = 4  # steps whose tokens may hold or await a grant
     grant_timeout: float = 30.0  # seconds D may take to answer a Reserve
     ack_timeout: float = 30.0  # seconds D may take to answer a Manifest
     retry_pause: float = 0.05  # seconds before D is asked again after Refuse(later)
@@ -79,18 +80,24 @@ class PrefillWorker:
         return bool(scheduled)
 
     def _ask(self) -> None:
-        """Request room for the next prompts in line; their turn comes only with a grant in hand (rule H8)."""
-        now = time.monotonic()
-        ahead = sum(1 for transfer in self._transfers.values() if transfer.phase in (Phase.ASKED, Phase.GRANTED))
+        """Request room for the next prompts in line; their turn comes only with a grant in hand (rule H8).
+
+        D's lease runs while a granted prompt waits here, so no more is asked for than what the next few steps compute.
+        What a full D lets wait is counted against that D alone: the others' requests go on.
+        """
+        now, window = time.monotonic(), self._limits.reserve_ahead * self._limits.max_num_batched_tokens
+        granted = (t for t in self._transfers.values() if t.phase in (Phase.GRANTED, Phase.COMPUTING))
+        tokens = sum(transfer.sequence.remaining for transfer in granted)
+        asked = Counter[PushLink]()  # tokens
         for transfer in self._transfers.values():
-            if ahead >= self._limits.reserve_ahead:
-                return
-            if transfer.phase is Phase.QUEUED and transfer.retry_at <= now:
+            ahead = tokens + asked[transfer.link]
+            if transfer.phase is Phase.QUEUED and transfer.retry_at <= now and ahead < window:
                 transfer.phase, transfer.phase_deadline = Phase.ASKED, now + self._limits.grant_timeout
                 transfer.link.post(
                     Reserve(transfer.ticket.transfer_id, transfer.sealed, len(transfer.sequence.token_ids))
                 )
-                ahead += 1
+            if transfer.phase is Phase.ASKED:
+                asked[transfer.link] += transfer.sequence.remaining
 
     def _start(self) -> None:
         for transfer in self._transfers.values():
@@ -114,14 +121,16 @@ class PrefillWorker:
         for transfer in list(self._transfers.values()):
             if transfer.phase is Phase.COMPUTING and transfer.link.backlog_bytes <= self._limits.max_backlog_bytes:
                 self._push_blocks(transfer)
-                if transfer.first_tokens:
+                if transfer.first_tokens and transfer.pushed == len(transfer.sequence.blocks):
                     self._finish(transfer)
 
     def _push_blocks(self, transfer: Transfer) -> None:
         sequence, size = transfer.sequence, self._pool.block_size
         # a block is final when it is full or the prompt ends in it
         final = sequence.computed // size if sequence.remaining else len(sequence.blocks)
-        first = max(transfer.first_block, transfer.pushed)
+        first = transfer.pushed
+        # no more at once than may be queued: all of a long prompt can be final in one step, out of the prefix cache
+        final = min(final, first + max(1, self._limits.max_backlog_bytes // self._engine.layout.block_bytes))
         if final > first:
             payload = self._engine.store.read(sequence.blocks[first:final])
             transfer.link.push(transfer.ticket.transfer_id, transfer.generation, first, payload)
@@ -201,7 +210,7 @@ class PrefillWorker:
             self._end(transfer, TransferFailed("the decode worker's grant does not fit the prompt"))
             return
         transfer.phase, transfer.generation = Phase.GRANTED, grant.generation
-        transfer.first_block = transfer.pushed = grant.first_block
+        transfer.pushed = grant.first_block
 
     def _on_refuse(self, transfer: Transfer, refuse: Refuse) -> None:
         if refuse.later and transfer.phase is Phase.ASKED:

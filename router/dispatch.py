@@ -236,18 +236,28 @@ class Attempt:
 
 
 async def together(*parts: Coroutine[Any, Any, None]) -> None:
-    """Run all; the first to fail cancels the others, and its error is raised as itself."""
+    """Run all; the first to fail cancels the others, and its error is raised as itself.
+
+    Not a TaskGroup: before Python 3.13, one that failed leaves its task's count of cancellations too high, so that a
+    deadline around it cancels the task instead of raising TimeoutError, and it hides a cancellation that comes then.
+    """
+    tasks = [asyncio.create_task(part) for part in parts]
     try:
-        async with asyncio.TaskGroup() as group:
-            for part in parts:
-                group.create_task(part)
-    except BaseExceptionGroup as failures:
-        raise _gravest(failures) from failures
+        if tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+    errors = [end for end in ends if isinstance(end, Exception)]
+    if errors:
+        raise _gravest(errors)
+    if any(task.cancelled() for task in tasks):
+        raise InternalError("a part of a request was cancelled by nobody")
 
 
-def _gravest(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+def _gravest(errors: list[Exception]) -> Exception:
     """Errors of ours before what cannot be tried again before the rest: a bug must not hide behind a dead worker."""
-    errors = failures.exceptions
     bugs = [error for error in errors if not isinstance(error, TandemError)]
     final = [error for error in errors if isinstance(error, TandemError) and not error.retryable]
-    return (bugs or final or list(errors))[0]
+    return (bugs or final or errors)[0]

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tandem.common.block_hash import BlockHash
 from tandem.common.errors import Cancelled, InternalError, InvalidRequest, TicketRefused, TransferFailed
+from tandem.common.handoff import Manifest, TicketGate
 from tandem.common.request import SamplingParams
+from tandem.decode_worker.reservation import Phase
 from tandem.decode_worker.worker import DecodeLimits
+from tandem.engine.batch import Sampled, Scheduled
 from tandem.prefill_worker.transfer import Transfer
 from tandem.prefill_worker.worker import PrefillLimits
-from tests.fakes import expected_output, next_token
-from tests.worker_pair import Call, Pair
+from tests.fakes import expected_output, make_leg, next_token
+from tests.worker_pair import KEY, Call, Pair
 
 
 @pytest.fixture
@@ -40,6 +45,27 @@ def test_a_prompt_goes_over_and_continues(pair: Pair, length: int) -> None:
     assert len(call.prefill.tokens[0]) == 1, "P samples token 1 and no other"
     assert call.output() == expected_output(prompt(length), 9)
     assert call.decode.reasons == {0: "length"}
+
+
+def test_a_long_cached_prompt_is_pushed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied out of P's cache at once is bounded, however much of the prompt is already there."""
+    pair = Pair(prefill_limits=PrefillLimits(max_backlog_bytes=3 * 4 * 16))  # three blocks
+    read, sizes = pair.p.engine.store.read, list[int]()
+
+    def counted(blocks: list[int]) -> Tensor:
+        sizes.append(len(blocks))
+        return read(blocks)
+
+    monkeypatch.setattr(pair.p.engine.store, "read", counted)
+    for name in ("a", "b"):
+        call = pair.request(name, prompt(50), max_tokens=3)
+        pair.until(lambda call=call: call.ended)
+        assert call.output() == expected_output(prompt(50), 3)
+        evicting = pair.local(f"evict {name}", prompt(255, seed=3), max_tokens=1)  # D forgets the prompt, P does not
+        pair.until(lambda call=evicting: call.ended)
+    assert max(sizes) == 3 and sum(sizes) == 2 * 13
+    pair.assert_conserved()
+    pair.close()
 
 
 def test_a_long_prompt_is_computed_in_chunks_and_pushed_while_it_is() -> None:
@@ -165,6 +191,70 @@ def test_a_small_prefill_worker_takes_turns() -> None:
     pair.close()
 
 
+def test_a_prompt_may_wait_for_its_turn_on_p_longer_than_a_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grant is asked for when the prompt's turn is near: its lease runs from then on."""
+    pair = Pair(128, 128, PrefillLimits(max_num_batched_tokens=8), DecodeLimits(lease=0.15))
+    forward = pair.p.engine.forward
+
+    def slowly(scheduled: list[Scheduled]) -> list[Sampled]:
+        time.sleep(0.01)
+        return forward(scheduled)
+
+    monkeypatch.setattr(pair.p.engine, "forward", slowly)
+    calls = [pair.request(f"r{i}", prompt(32, seed=i), max_tokens=2) for i in range(12)]
+    pair.until(lambda: all(call.ended for call in calls))
+    assert not [call.error for call in calls if call.error is not None]
+    pair.assert_conserved()
+    pair.close()
+
+
+def test_a_full_decode_worker_does_not_keep_p_from_serving_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, other = Pair(decode_blocks=16), Pair()
+    other.d.worker.handoffs._gate = TicketGate(KEY, "decode", "d-2", other.d.engine.layout.fingerprint)
+    other.p, pairs = full.p, {"d": full, "d2": other}  # by D's address
+    monkeypatch.setattr(full.p.worker, "_connect", lambda address, *rest: pairs[address]._connect(address, *rest))
+    full.local("hog", prompt(40, seed=5), max_tokens=20)
+    full.until(lambda: full.d.pool.counts().owned >= 10)
+    stuck = [full.request(f"r{i}", prompt(30, seed=i), max_tokens=4) for i in range(70)]
+
+    def turn() -> None:  # the hog stands still, and so the room it takes
+        full.d.worker.inbox.run_pending()
+        full.d.worker.handoffs.tick()
+        other.turn()
+
+    leg = make_leg("free", prompt(20), 4, ticket=full.ticket("free", decode_incarnation="d-2"))
+    call = Call(full, leg, 901, 902)
+    other.d.worker.submit(902, leg, call.decode)
+    full.p.worker.submit(901, leg, "d2", call.prefill)
+    full.until(lambda: call.ended, seconds=3.0, turn=turn)
+    assert call.output() == expected_output(prompt(20), 4)
+    for waiting in stuck:
+        assert not waiting.ended
+        waiting.cancel()
+    full.assert_conserved()
+    other.assert_conserved()
+    full.close()
+
+
+def test_a_large_prompt_is_not_overtaken_on_d() -> None:
+    pair = Pair(decode_blocks=16)
+    hog = pair.local("hog", prompt(20, seed=5), max_tokens=30)
+    pair.until(lambda: pair.d.pool.counts().owned >= 5)
+
+    def parked() -> list[str]:
+        reservations = pair.d.worker.handoffs._reservations.values()
+        return [r.sequence.request_id for r in reservations if r.phase is Phase.PARKED]
+
+    large = pair.request("large", prompt(48, seed=1), max_tokens=4)
+    pair.until(lambda: parked() == ["large"])
+    small = pair.request("small", prompt(4, seed=2), max_tokens=4)
+    pair.until(lambda: parked() == ["large", "small"])
+    pair.until(lambda: hog.ended and large.ended and small.ended)
+    assert [large.error, small.error] == [None, None]
+    pair.assert_conserved()
+    pair.close()
+
+
 @pytest.mark.parametrize("turns", range(14))
 def test_cancel_after_any_number_of_turns_frees_everything(turns: int) -> None:
     pair = Pair(prefill_limits=PrefillLimits(max_num_batched_tokens=8))
@@ -226,6 +316,33 @@ def test_a_manifest_that_disagrees_is_never_decoded(pair: Pair, monkeypatch: pyt
     call = pair.request("r", prompt(12))
     pair.until(lambda: call.ended)
     assert isinstance(call.error, TransferFailed) and not call.decode.tokens
+
+
+def test_a_first_token_outside_the_vocabulary_is_never_decoded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = pair.p.worker._finish
+
+    def lie(transfer: Transfer) -> None:
+        transfer.first_tokens = (1 << 40,)  # no block hash could be computed over it
+        finish(transfer)
+
+    monkeypatch.setattr(pair.p.worker, "_finish", lie)
+    call = pair.request("r", prompt(7))
+    pair.until(lambda: call.ended)
+    assert isinstance(call.error, TransferFailed) and not call.decode.tokens
+
+
+def test_a_manifest_without_a_grant_changes_nothing() -> None:
+    pair = Pair(decode_blocks=16)
+    pair.local("hog", prompt(40, seed=5), max_tokens=20)
+    pair.until(lambda: pair.d.pool.counts().owned >= 10)
+    call = pair.request("r", prompt(30), max_tokens=4)
+    handoffs = pair.d.worker.handoffs
+    pair.until(lambda: [r.phase for r in handoffs._reservations.values()] == [Phase.PARKED])
+    handoffs.on_message(pair.d.links[0], Manifest(next(iter(handoffs._reservations)), 0, 30, (), (), (1,)))
+    pair.until(lambda: call.ended)
+    assert call.output() == expected_output(prompt(30), 4)
+    pair.assert_conserved()
+    pair.close()
 
 
 @pytest.mark.parametrize(

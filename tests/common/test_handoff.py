@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tandem.common import handoff
 from tandem.common.errors import TandemError, TicketRefused
-from tandem.common.handoff import FrameError, Message, Ticket
+from tandem.common.handoff import FrameError, Message, Ticket, TicketGate
 
 INT = st.integers(0, 2**63 - 1)
 BY_HINT: dict[Any, st.SearchStrategy[Any]] = {
@@ -131,6 +131,22 @@ def test_a_ticket_sealed_over_nonsense_is_a_typed_error() -> None:
     body = msgpack.packb(["r", "one"]) or b""
     with pytest.raises(TandemError):
         Ticket.open(body + hmac.digest(KEY, body, "sha256"), KEY)
+
+
+def test_a_gate_forgets_only_tickets_whose_time_is_over() -> None:
+    gate = TicketGate(KEY, "decode", TICKET.decode_incarnation, TICKET.fingerprint)
+
+    def admit(timeout: float) -> bytes:
+        ticket = dataclasses.replace(TICKET, transfer_id=handoff.new_transfer_id(), timeout=timeout)
+        gate.admit(ticket.seal(KEY))
+        return ticket.seal(KEY)
+
+    kept = admit(60.0)
+    for _ in range(100):
+        admit(0.0)
+    assert len(gate._used) == len(gate._expiry) <= 2
+    with pytest.raises(TicketRefused, match="used before"):
+        gate.admit(kept)
 
 
 def test_transfer_ids_are_random_and_of_one_size() -> None:

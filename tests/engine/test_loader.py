@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tandem.common.errors import ConfigError, ModelError
+from tandem.common.model_dir import resolve_model
 from tandem.engine.checkpoint import DTYPES, Checkpoint, mapped, read_header, tensor
-from tandem.engine.loader import resolve_model
 from tandem.engine.models.registry import parse_config
 from tandem.engine.plan import Plan
 from tests.engine.model_zoo import build, engine_config

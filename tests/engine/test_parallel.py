@@ -128,6 +128,23 @@ def test_a_stuck_rank_is_an_error_not_a_hang(directory: Path, monkeypatch: pytes
     assert _ended(pid)
 
 
+def test_a_step_that_fails_half_way_breaks_the_group(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 waits for rank 0 in a collective: it must not take the next step's for that one."""
+    engine = Engine.load(engine_config(directory, tensor_parallel_size=2))
+    item = Scheduled(sequence(PROMPTS[0], [0]), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(group.Group, "all_reduce", _out_of_memory)
+        with pytest.raises(WorkerFailed, match="out of memory"):
+            engine.forward([item])
+    with pytest.raises(WorkerFailed, match="out of memory"):
+        engine.forward([item])
+    engine.close()
+
+
+def _out_of_memory(group: group.Group, values: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("out of memory")
+
+
 def test_ranks_die_with_their_parent(directory: Path) -> None:
     config = json.dumps(asdict(engine_config(directory, tensor_parallel_size=2)))
     command = [sys.executable, "-c", PARENT, config]

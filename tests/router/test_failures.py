@@ -15,6 +15,7 @@ from tandem.common import rpc
 from tandem.common.errors import InternalError, Overloaded, TransferFailed, WorkerFailed
 from tandem.common.proto import tandem_pb2 as pb
 from tandem.common.request import Leg, LegStats, Token
+from tandem.router.dispatch import together
 from tests.router.conftest import MakeCluster
 from tests.router.fake_cluster import MODEL, FakeCluster, FakeWorker, OnLeg, update
 
@@ -233,6 +234,22 @@ async def test_the_deadline_holds_for_a_hanging_pair(cluster: MakeCluster) -> No
         await asyncio.gather(fake.prefill[0].all_left.wait(), fake.decode[0].all_left.wait())
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_the_deadline_holds_behind_a_failed_attempt(cluster: MakeCluster, streamed: bool) -> None:
+    """It is an error to the client, not a complete answer without text."""
+
+    async def fail_then_hang(worker: FakeWorker, leg: Leg, context: Any) -> AsyncIterator[pb.LegUpdate]:
+        act = failing(TransferFailed("the link broke")) if leg.attempt == 0 else hanging()
+        async for item in act(worker, leg, context):
+            yield item
+
+    async with cluster(TEXT, request_timeout=0.6) as fake:
+        fake.prefill[0].on_leg, fake.decode[0].on_leg = hanging(), fail_then_hang
+        answer = await fake.complete(stream=streamed)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert [leg.attempt for leg in fake.decode[0].legs] == [0, 1]
+
+
 async def test_a_worker_that_keeps_a_finished_leg_open_does_not_hold_the_answer(cluster: MakeCluster) -> None:
     async with cluster("a") as fake:
         length = len(script_ids(fake))
@@ -394,3 +411,19 @@ async def test_admission_overflow(cluster: MakeCluster) -> None:
         fake.prefill[0].on_leg = fake.decode[0].on_leg = None
         await fake.until(lambda: fake.metric("tandem_router_requests_in_flight") == 0)
         assert (await fake.complete()).status_code == 200
+
+
+async def test_a_request_cancelled_while_its_leg_fails_is_not_tried_again() -> None:
+    """Both in one turn of the event loop; asyncio's TaskGroup before Python 3.13 forgets the cancellation."""
+    broken = asyncio.get_running_loop().create_future()
+
+    async def leg() -> None:
+        await broken
+
+    request = asyncio.create_task(together(leg()))
+    await asyncio.sleep(0.01)
+    broken.set_exception(WorkerFailed("the worker died"))
+    await asyncio.sleep(0)  # the leg has failed, and its group has not heard of it yet
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
