@@ -164,8 +164,11 @@ class ControllerActor:
 
     def _run(self) -> None:
         while not self._stopped.wait(STEP):
-            with self._lock:
-                self._controller.step(time.monotonic())
+            try:
+                with self._lock:
+                    self._controller.step(time.monotonic())
+            except Exception:  # a bug of ours must not leave the pools without anybody who looks after them
+                log.exception("the controller's step failed; it tries again")
 
 
 def start_controller(spec: LaunchSpec, wanted: Mapping[Role, int], limits: Limits) -> ray_calls.ActorHandle:

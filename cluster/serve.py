@@ -196,13 +196,25 @@ class Serve:
             raise Stop
         self._revive()
         try:
-            view: ClusterView = ray_calls.get(self._parts.controller.view.remote(), ANSWER_WITHIN)
+            return ray_calls.get(self._parts.controller.view.remote(), ANSWER_WITHIN)
         except ray_calls.ActorLost as exc:
             self._screen.step(f"the controller was lost ({exc.message}); starting it and its workers again")
-            ray_calls.kill(self._parts.controller)
-            self._parts.controller = self._start_controller()
-            view = ray_calls.get(self._parts.controller.view.remote(), ANSWER_WITHIN)
-        return view
+            return self._restart_controller()
+
+    def _restart_controller(self) -> ClusterView:
+        """Ray gives a dead actor's name free only after a while. Raises what stands in the way at the deadline."""
+        from tandem.cluster import ray_calls
+
+        ray_calls.kill(self._parts.controller)
+        deadline = time.monotonic() + ANSWER_WITHIN
+        while True:
+            try:
+                self._parts.controller = self._start_controller()
+                return ray_calls.get(self._parts.controller.view.remote(), ANSWER_WITHIN)
+            except (ConfigError, ray_calls.ActorLost):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(TICK)
 
     def _revive(self) -> None:
         redis, router = self._parts.redis, self._parts.router

@@ -133,7 +133,7 @@ class WorkerShell:
                 try:
                     await registry.publish(self._registration())
                     reachable = True
-                except TandemError as exc:
+                except Exception as exc:  # whatever it is, a worker that no longer registers is lost to its cluster
                     if reachable:
                         log.warning("cannot register: %s", exc)
                     reachable = False
