@@ -115,7 +115,9 @@ class RouterFlags(ModelFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFlags:
-    dtype: Annotated[Dtype, _flag("Of weights and KV. auto: the checkpoint's own.")] = Dtype.auto
+    dtype: Annotated[
+        Dtype, _flag("Of weights and KV. auto: the checkpoint's own, or float32 on a CPU that only emulates that.")
+    ] = Dtype.auto
     max_model_len: Annotated[int | None, _flag("Longest prompt + output, tokens. Default: the model's own.", min=1)] = (
         None
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     model: str  # directory with config.json, safetensors and tokenizer files
-    dtype: str = "auto"  # auto: the checkpoint's own
+    dtype: str = "auto"  # auto: the checkpoint's own, or float32 on a CPU that only emulates that
     block_size: int = 16  # tokens
     max_model_len: int | None = None  # None: the model's own
     max_num_seqs: int = 64

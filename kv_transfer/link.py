@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ Job = TypeVar("Job")
 Path = TypeVar("Path", Sender, Receiver)
 
 
-class Link(Generic[Job, Path]):
+class Link(ABC, Generic[Job, Path]):
     """One end of one pair of incarnations.
 
         new ── open ──► serving ──┬─ close() by the owner ──────────────► ended, silently
@@ -61,11 +62,13 @@ class Link(Generic[Job, Path]):
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
+    @abstractmethod
     def _serve(self, job: Job) -> None:
-        raise NotImplementedError
+        """Do one job, on the link's thread."""
 
+    @abstractmethod
     def _incoming_message(self, message: Message) -> None:
-        raise NotImplementedError
+        """Take a message of the peer, on the channel's thread."""
 
     def _put(self, job: Job) -> None:
         with self._changed:

@@ -105,7 +105,8 @@ def serve(settings: RouterSettings) -> None:
             server_header=False,
             proxy_headers=False,  # nothing of ours trusts X-Forwarded-For
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            timeout_graceful_shutdown=round(settings.shutdown_timeout),
+            # with 0 uvicorn reports a missed deadline even when nothing is left to wait for
+            timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
         )
         host, port = listener.getsockname()[:2]
         logger.info("router listening on http://%s", format_address(host, port))
