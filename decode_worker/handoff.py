@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from tandem.common.errors import DeadlineExceeded, TandemError, TransferFailed
 from tandem.common.handoff import Abort, Ack, Frame, Grant, Manifest, Message, Refuse, Reserve, TicketGate
 from tandem.common.request import Leg, LegUpdate
 from tandem.common.worker_loop import Sink
+from tandem.decode_worker.limits import DecodeLimits
 from tandem.decode_worker.reservation import Phase, Reservation
 from tandem.engine.allocation import blocks_for
 from tandem.engine.block_pool import BlockPool
@@ -25,8 +26,20 @@ from tandem.kv_transfer.base import BlockStore
 from tandem.kv_transfer.land import LandLink
 from tandem.kv_transfer.landing import Landing
 
-RoomFor = Callable[[int, int], bool]  # (blocks, reservations already landing)
-OnLanded = Callable[[Reservation, tuple[int, ...]], None]  # (reservation, first token of each choice)
+
+class RunningBatch(Protocol):
+    """Where landed sequences go on: the decode worker."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def room_for(self, num_blocks: int, landing: int) -> bool:
+        """Whether a reservation may take so many blocks, with `landing` others in progress."""
+        ...
+
+    def run_landed(self, reservation: Reservation, first_tokens: tuple[int, ...]) -> None:
+        """The KV is verified and owned; one first token for each choice."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,29 +55,16 @@ class Handoffs:
     """All reservations of one decode worker. Used by the worker's thread only."""
 
     def __init__(
-        self, pool: BlockPool, store: BlockStore, gate: TicketGate, vocab_size: int, lease: float, park: float
+        self, batch: RunningBatch, pool: BlockPool, store: BlockStore, gate: TicketGate, limits: DecodeLimits
     ) -> None:
-        self._pool, self._store, self._gate = pool, store, gate
-        self._vocab_size, self._lease, self._park = vocab_size, lease, park
+        self._batch, self._pool, self._store, self._gate, self._limits = batch, pool, store, gate, limits
         self._reservations: dict[bytes, Reservation] = {}  # by transfer id, in order of arrival
         self._early: dict[bytes, Early] = {}
         self._generations = itertools.count(1)
-        self.room_for: RoomFor = lambda blocks, landing: False
-        self.on_landed: OnLanded = lambda reservation, first_tokens: None
 
     @property
     def count(self) -> int:
         return len(self._reservations)
-
-    @property
-    def reserving(self) -> bool:
-        """A transfer holds blocks that are being filled."""
-        return any(reservation.phase is Phase.LANDING for reservation in self._reservations.values())
-
-    @property
-    def landed_blocks(self) -> int:
-        """Of transfers in progress."""
-        return sum(r.landing.landed for r in self._reservations.values() if r.landing is not None)
 
     @property
     def idle(self) -> bool:
@@ -113,7 +113,7 @@ class Handoffs:
             self._fail(reservation, exc)
             return
         self._store.write(blocks, payload)
-        reservation.lease = time.monotonic() + self._lease
+        reservation.lease = time.monotonic() + self._limits.lease
 
     def on_lost(self, link: LandLink, reason: str) -> None:
         self._early = {key: early for key, early in self._early.items() if early.link is not link}
@@ -142,11 +142,11 @@ class Handoffs:
         now = time.monotonic()
         reservation = self._reservations.get(ticket.transfer_id)
         if reservation is None:
-            self._early[ticket.transfer_id] = Early(link, message, now + self._park)
+            self._early[ticket.transfer_id] = Early(link, message, now + self._limits.park)
         elif reservation.phase is not Phase.EXPECTED or message.num_tokens != len(reservation.sequence.token_ids):
             self._fail(reservation, TransferFailed("the prefill worker's Reserve does not fit the request"))
         else:
-            reservation.link, reservation.phase, reservation.lease = link, Phase.PARKED, now + self._park
+            reservation.link, reservation.phase, reservation.lease = link, Phase.PARKED, now + self._limits.park
 
     # ------------------------------------------------------------------ grant, verify, admit
 
@@ -181,12 +181,12 @@ class Handoffs:
         missing = blocks_for(len(sequence.token_ids), size) - len(cached)
         self._pool.take(cached)  # before room is counted: cached blocks that are taken cannot be evicted
         landing = sum(1 for other in self._reservations.values() if other.phase is Phase.LANDING)
-        reserved = self._pool.reserve(missing) if self.room_for(missing, landing) else None
+        reserved = self._pool.reserve(missing) if self._batch.room_for(missing, landing) else None
         if reserved is None:
             self._pool.release(cached)
             return False
         reservation.cached, reservation.reserved, reservation.phase = cached, reserved, Phase.LANDING
-        reservation.generation, reservation.lease = next(self._generations), time.monotonic() + self._lease
+        reservation.generation, reservation.lease = next(self._generations), time.monotonic() + self._limits.lease
         grant = Grant(reservation.ticket.transfer_id, reservation.generation, len(cached), missing)
         reservation.landing = Landing(grant, reserved, len(sequence.token_ids), hashes, layout)
         link.post(grant)
@@ -199,7 +199,7 @@ class Handoffs:
             landing.verify(manifest)
             if len(manifest.first_tokens) != len(sequence.choices):
                 raise TransferFailed("the manifest names another number of choices than the request")
-            if max(manifest.first_tokens) >= self._vocab_size:
+            if max(manifest.first_tokens) >= self._batch.vocab_size:
                 raise TransferFailed("the manifest's first tokens are not in the model's vocabulary")
         except TransferFailed as exc:
             self._fail(reservation, exc)
@@ -210,7 +210,7 @@ class Handoffs:
         sequence.cached = len(reservation.cached) * self._pool.block_size
         sequence.computed = len(sequence.token_ids)
         link.post(Ack(reservation.ticket.transfer_id, reservation.generation))
-        self.on_landed(reservation, manifest.first_tokens)
+        self._batch.run_landed(reservation, manifest.first_tokens)
 
     def _fail(self, reservation: Reservation, error: TandemError, tell: bool = True) -> None:
         """The one place where a reservation is released. Its connector is two-sided, so nothing can still land:

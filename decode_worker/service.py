@@ -17,7 +17,8 @@ from tandem.common.proto import tandem_pb2_grpc as services
 from tandem.common.service import WorkerServer, WorkerShell, describe, new_incarnation
 from tandem.common.worker_config import WorkerConfig
 from tandem.common.worker_watch import WatchHub
-from tandem.decode_worker.worker import DecodeLimits, DecodeWorker
+from tandem.decode_worker.limits import DecodeLimits
+from tandem.decode_worker.worker import DecodeWorker
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine

@@ -15,6 +15,7 @@ from tandem.common.request import Leg, LegStats, LegUpdate, Token
 from tandem.common.worker_info import Load
 from tandem.common.worker_loop import Bulkhead, Inbox, Sink
 from tandem.decode_worker.handoff import Handoffs
+from tandem.decode_worker.limits import DecodeLimits
 from tandem.decode_worker.reservation import Reservation
 from tandem.decode_worker.scheduler import DecodeScheduler
 from tandem.engine.allocation import blocks_for, publish
@@ -42,14 +43,6 @@ class RunningLeg:
         return LegStats(self.started - self.arrival, self.first_token - self.started, cached_tokens=self.cached)
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeLimits:
-    max_num_batched_tokens: int = 512
-    max_num_seqs: int = 64
-    lease: float = 30.0  # seconds a reservation lives without progress
-    park: float = 5.0  # seconds a Reserve waits for room before P is told to ask again later
-
-
 class DecodeWorker:
     def __init__(self, engine: Engine, pool: BlockPool, gate: TicketGate, limits: DecodeLimits) -> None:
         self.inbox = Inbox()
@@ -57,8 +50,7 @@ class DecodeWorker:
         self.scheduler = DecodeScheduler(
             pool, engine.layout.fingerprint, limits.max_num_batched_tokens, limits.max_num_seqs
         )
-        self.handoffs = Handoffs(pool, engine.store, gate, engine.vocab_size, limits.lease, limits.park)
-        self.handoffs.room_for, self.handoffs.on_landed = self.scheduler.room_for, self._run_landed
+        self.handoffs = Handoffs(self, pool, engine.store, gate, limits)
         self._legs: dict[int, RunningLeg] = {}
         self._by_sequence: dict[Sequence, RunningLeg] = {}
         self._bulkhead = Bulkhead()
@@ -182,18 +174,6 @@ class DecodeWorker:
         self._register(leg, sequence)
         return leg
 
-    def _run_landed(self, reservation: Reservation, first_tokens: tuple[int, ...]) -> None:
-        """The prompt's KV is verified and owned: each choice goes on behind its first token, which P delivered."""
-        sequence = reservation.sequence
-        leg = self._start_leg(reservation.leg_id, sequence, reservation.sink, reservation.deadline)
-        leg.started, leg.cached = time.monotonic(), sequence.cached
-        publish(self._pool, sequence, self._engine.layout.fingerprint)
-        self.scheduler.join(sequence)
-        for fork, token_id in zip(self._fork(leg, sequence), first_tokens, strict=True):
-            self._append(leg, fork, token_id)
-        if not leg.sequences:
-            self._flush(leg)  # every choice was over with its first token
-
     def end(self, leg_id: int, error: TandemError) -> None:
         leg = self._legs.pop(leg_id, None)
         if leg is None:
@@ -226,6 +206,27 @@ class DecodeWorker:
         now = time.monotonic()
         for leg in [leg for leg in self._legs.values() if now >= leg.deadline]:
             self.end(leg.leg_id, DeadlineExceeded("the request's deadline passed while it was decoding"))
+
+    # ------------------------------------------------------------------ for the hand-offs (RunningBatch)
+
+    def run_landed(self, reservation: Reservation, first_tokens: tuple[int, ...]) -> None:
+        """The prompt's KV is verified and owned: each choice goes on behind its first token, which P delivered."""
+        sequence = reservation.sequence
+        leg = self._start_leg(reservation.leg_id, sequence, reservation.sink, reservation.deadline)
+        leg.started, leg.cached = time.monotonic(), sequence.cached
+        publish(self._pool, sequence, self._engine.layout.fingerprint)
+        self.scheduler.join(sequence)
+        for fork, token_id in zip(self._fork(leg, sequence), first_tokens, strict=True):
+            self._append(leg, fork, token_id)
+        if not leg.sequences:
+            self._flush(leg)  # every choice was over with its first token
+
+    @property
+    def vocab_size(self) -> int:
+        return self._engine.vocab_size
+
+    def room_for(self, num_blocks: int, landing: int) -> bool:
+        return self.scheduler.room_for(num_blocks, landing)
 
     # ------------------------------------------------------------------ for the shell
 

@@ -222,7 +222,9 @@ def create_app(services: Services) -> FastAPI:
 
 def _add_routes(app: FastAPI, api: Api) -> None:
     def add(method: str, path: str, handler: Callable[..., Any], body: type[BaseModel] | None = None) -> None:
-        extra = {"requestBody": request_body(body)} if body else None
+        extra: dict[str, Any] = {"requestBody": request_body(body)} if body else {}
+        if "{name" in path:  # handlers take the request itself, so FastAPI does not see its parameters
+            extra["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
         app.add_api_route(path, handler, methods=[method], response_model=None, openapi_extra=extra)
 
     add("POST", "/v1/chat/completions", api.chat, ChatBody)

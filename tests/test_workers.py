@@ -15,8 +15,8 @@ from tandem.common.block_hash import BlockHash
 from tandem.common.errors import Cancelled, InternalError, InvalidRequest, TicketRefused, TransferFailed
 from tandem.common.handoff import Manifest, TicketGate
 from tandem.common.request import SamplingParams
+from tandem.decode_worker.limits import DecodeLimits
 from tandem.decode_worker.reservation import Phase
-from tandem.decode_worker.worker import DecodeLimits
 from tandem.engine.batch import Sampled, Scheduled
 from tandem.prefill_worker.transfer import Transfer
 from tandem.prefill_worker.worker import PrefillLimits
@@ -72,7 +72,7 @@ def test_a_long_prompt_is_computed_in_chunks_and_pushed_while_it_is() -> None:
     pair = Pair(prefill_limits=PrefillLimits(max_num_batched_tokens=8))
     call = pair.request("r", prompt(50), max_tokens=3)
     pair.until(lambda: bool(pair.p.engine.steps))
-    pair.until(lambda: pair.d.worker.handoffs.landed_blocks > 0, turn=pair.turn_decode)
+    pair.until(lambda: bool(pair.d.engine.store.tensor.any()), turn=pair.turn_decode)
     assert not call.prefill.tokens, "blocks land before the prompt is finished"
     pair.until(lambda: call.ended)
     assert [tokens for step in pair.p.engine.steps for _, tokens in step] == [8] * 6 + [2]
@@ -283,7 +283,7 @@ def test_a_failing_step_ends_its_requests_only(pair: Pair) -> None:
 def test_a_broken_link_fails_its_transfers_on_both_sides_and_a_new_one_is_made(pair: Pair) -> None:
     call = pair.request("r", prompt(30))
     pair.until(lambda: bool(pair.p.links))
-    pair.until(lambda: pair.d.worker.handoffs.reserving)
+    pair.until(lambda: pair.d.pool.counts().reserved > 0)
     pair.channels[0].close()
     pair.until(lambda: call.ended)
     assert isinstance(call.error, TransferFailed)
@@ -295,7 +295,7 @@ def test_a_broken_link_fails_its_transfers_on_both_sides_and_a_new_one_is_made(p
 def test_a_reservation_without_progress_ends_with_its_lease() -> None:
     pair = Pair(decode_limits=DecodeLimits(lease=0.05))
     call = pair.request("r", prompt(30))
-    pair.until(lambda: pair.d.worker.handoffs.reserving)
+    pair.until(lambda: pair.d.pool.counts().reserved > 0)
     pair.until(lambda: call.decode.ended, turn=pair.turn_decode)
     assert isinstance(call.decode.error, TransferFailed)
     assert pair.d.pool.counts().reserved == 0

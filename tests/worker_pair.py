@@ -10,7 +10,8 @@ import torch
 
 from tandem.common.handoff import Message, Ticket, TicketGate, new_transfer_id
 from tandem.common.request import Leg
-from tandem.decode_worker.worker import DecodeLimits, DecodeWorker
+from tandem.decode_worker.limits import DecodeLimits
+from tandem.decode_worker.worker import DecodeWorker
 from tandem.engine.block_pool import BlockPool
 from tandem.kv_transfer.context import Context
 from tandem.kv_transfer.inproc import InprocChannel, InprocReceiver, InprocSender, channel_pair

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -347,3 +348,13 @@ async def test_api_key(cluster: MakeCluster) -> None:
             assert answer.status_code == 200
         for path in ("/livez", "/readyz", "/health", "/metrics"):
             assert (await fake.http.get(path)).status_code == 200
+
+
+async def test_the_openapi_document_names_every_path_parameter(cluster: MakeCluster) -> None:
+    """Without them schemathesis, and every client generator, refuses the document."""
+    async with cluster("ok") as fake:
+        document = (await fake.http.get("/openapi.json")).json()
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            declared = {item["name"] for item in operation.get("parameters", []) if item["in"] == "path"}
+            assert declared == set(re.findall(r"\{(\w+)\}", path)), path
