@@ -78,6 +78,7 @@ class WorkerShell:
         self._loop_thread = threading.Thread(target=self._loop.run_forever, name="service", daemon=True)
         self._worker_thread = WorkerThread(worker, self._after_step)
         self._drained = threading.Event()
+        self._stopping = False
         self._server: grpc.aio.Server | None = None
         self._heartbeat: asyncio.Task[None] | None = None
 
@@ -95,15 +96,18 @@ class WorkerShell:
     def drain(self, timeout: float) -> bool:
         """Take no new leg, finish those that run. Whether everything was finished in time."""
         self._worker.inbox.put(lambda: self._hub.set_state("draining"))
-        return self._drained.wait(timeout)
+        return self._drained.wait(timeout) and not self._stopping
 
     def stop(self) -> None:
         """End at once: legs still running end with an error, the registration is withdrawn."""
+        self._stopping = True
+        self._drained.set()  # whoever waits for it waits no longer
         self._worker_thread.stop()
         if self._loop_thread.is_alive():
             self._run(self._shut_down(), START_TIMEOUT)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop_thread.join(START_TIMEOUT)
+            self._loop.close()
 
     def _run(self, coroutine: Any, timeout: float) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
@@ -124,6 +128,10 @@ class WorkerShell:
             await asyncio.gather(self._heartbeat, return_exceptions=True)
         if self._server is not None:
             await self._server.stop(grace=0.5)
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     async def _register(self, registry: Registry) -> None:
         """Publish until cancelled. Redis may be away: it holds hints only, and the next heartbeat tries again."""
