@@ -28,6 +28,7 @@ from tandem.kv_transfer.context import Context
 from tandem.kv_transfer.rendezvous import Mailbox
 
 _TAGS = 1 << 20  # tags of frames, in turn; the next one is never sent on
+_AT_ONCE = 0.001  # seconds
 _CONNECT_FACTOR = 5  # Gloo waits this many times a group's timeout for the peer to connect
 _Gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack most of its methods
 
@@ -96,7 +97,10 @@ class _End:
         raise TransferFailed("the link was closed while its data path was being set up")
 
     def close(self) -> None:
-        """A thread blocked in the group wakes within milliseconds (Gloo), or when its communicator aborts (NCCL)."""
+        """A thread blocked in the group wakes within milliseconds (Gloo), or when its communicator aborts (NCCL).
+
+        One that enters a Gloo operation just as the connection breaks may stay until its frame's deadline.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -116,7 +120,8 @@ class _End:
         self._store.deadline = time.monotonic() + timeout  # NCCL meets its peer at the first frame
         with _translated(f"{action} of {frame.num_bytes} bytes"), self._on_device():
             work = getattr(group, action)([payload], 1 - self._rank, self._frames % _TAGS)
-            work.wait(timedelta(seconds=timeout))
+            # closed meanwhile: `close` may have looked for blocked operations before this one was there
+            work.wait(timedelta(seconds=_AT_ONCE if self._closed else timeout))
         self._frames += 1
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:

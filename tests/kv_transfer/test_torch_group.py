@@ -124,8 +124,10 @@ def test_a_peer_killed_under_load_is_one_lost_link(victim):
     assert reported.wait(WAIT)
     victim.process.kill()
     started = time.monotonic()
-    assert lost.wait(WAIT) and push.join(WAIT)
-    assert time.monotonic() - started < NOTICED
+    assert lost.wait(WAIT)
+    assert time.monotonic() - started < NOTICED, "the worker is told at once"
+    # Gloo may hold the link's thread until its frame's deadline, if the connection broke as it entered the operation.
+    assert push.join(WAIT)
     assert len(reasons) == 1
     assert push.backlog_bytes == 0
 
