@@ -28,7 +28,7 @@ from tandem.common.proto import tandem_pb2_grpc as services
 from tandem.common.registry import Registration, Registry
 from tandem.common.request import Leg, LegUpdate
 from tandem.common.worker_config import WorkerConfig
-from tandem.common.worker_info import Description, WorkerEvent, WorkerState
+from tandem.common.worker_info import Description, WorkerEvent
 from tandem.common.worker_loop import Sink, Worker, WorkerThread
 from tandem.common.worker_watch import WatchHub
 
@@ -168,10 +168,6 @@ class WorkerShell:
             self._drained.set()
 
     # ------------------------------------------------------------------ for the servicers
-
-    @property
-    def state(self) -> WorkerState:
-        return self._hub.state
 
     async def watch(self) -> AsyncIterator[pb.WorkerEvent]:
         """This worker's events, the complete one first; ends when the watcher is too slow or the worker died."""

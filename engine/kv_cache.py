@@ -31,11 +31,8 @@ class PagedKVCache:
         # (blocks, bytes of this rank's part): moving bytes needs neither the dtype nor its alignment
         self._rows = _zeros(num_blocks * local.block_bytes, device).view(num_blocks, local.block_bytes)
         self.tensor = self._rows.view(-1).view(dtype).view(num_blocks, *local.block_shape)
+        # one layer each: (blocks, 2, kv_heads_local, block_size, head_dim), strided
         self.layers = [self.tensor[:, index] for index in range(layout.layers)]
-
-    def layer(self, index: int) -> Tensor:
-        """(blocks, 2, kv_heads_local, block_size, head_dim), strided."""
-        return self.layers[index]
 
     def read(self, blocks: Sequence[int]) -> Tensor:
         """A copy of the blocks: (len(blocks), local block bytes) uint8 on the cache's device."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 from tandem.common.errors import TandemError
@@ -25,8 +24,6 @@ from tandem.router.work import ParsedRequest, Work
 
 DONE = b"data: [DONE]\n\n"
 PARALLEL_PROMPTS = 64  # of one request
-
-TakeDelta = Callable[[Delta], None]
 
 
 def event(value: Any) -> bytes:

@@ -57,13 +57,13 @@ class TestCache:
     def test_shape(self) -> None:
         cache = PagedKVCache(LAYOUT, 5, CPU, rank=1, world=2)
         assert cache.tensor.shape == (5, 3, 2, 1, 4, 6) and cache.tensor.dtype == torch.bfloat16
-        assert cache.layer(2).shape == (5, 2, 1, 4, 6)
+        assert cache.layers[2].shape == (5, 2, 1, 4, 6)
         assert not cache.tensor.any()
         assert local_layout(LAYOUT, 2).block_bytes * 2 == LAYOUT.block_bytes
 
     def test_layers_are_views(self) -> None:
         cache = PagedKVCache(LAYOUT, 5, CPU)
-        cache.layer(1)[3, 1, 0, 2] = 7.0
+        cache.layers[1][3, 1, 0, 2] = 7.0
         assert (cache.tensor[3, 1, 1, 0, 2] == 7.0).all() and cache.tensor.count_nonzero() == 6
 
     def test_a_block_is_its_bytes(self) -> None:
