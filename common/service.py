@@ -129,9 +129,8 @@ class WorkerShell:
         if self._server is not None:
             await self._server.stop(grace=0.5)
         left = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in left:
-            task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        if left:  # gRPC's, which it has cancelled itself: they need a moment before the loop closes
+            await asyncio.wait(left, timeout=1.0)
 
     async def _register(self, registry: Registry) -> None:
         """Publish until cancelled. Redis may be away: it holds hints only, and the next heartbeat tries again."""
