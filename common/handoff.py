@@ -1,7 +1,7 @@
 """The messages of the KV hand-off between P and D, and the ticket that permits one (docs/protocol.md).
 
-    P → D   Reserve · Frame (followed by its payload over the connector) · Manifest · Abort · Rendezvous
-    D → P   Grant · Refuse · Ack · Abort · Rendezvous
+    P → D   Reserve · Frame · Manifest · Abort · Released · Heartbeat · Rendezvous
+    D → P   Grant · Refuse · Ack · Abort · Heartbeat · Rendezvous
 
 Encoding: msgpack array [kind, field, field, …] with the exact field types below; anything else is a FrameError.
 Blocks are named by their index in the prompt, never by an address: each side maps the index to its own memory.
@@ -43,7 +43,7 @@ class Ticket:
     prefill_incarnation: str
     decode: str
     decode_incarnation: str
-    fingerprint: bytes  # of the KV layout both ends must have
+    pairing: bytes  # of the KV layout, which both ends must share but for the block size
     timeout: float  # seconds until the request's deadline when minted; clocks are never compared
 
     def seal(self, key: bytes) -> bytes:
@@ -65,13 +65,13 @@ def new_transfer_id() -> bytes:
 
 
 class TicketGate:
-    """A worker accepts a ticket only if its MAC, this worker's incarnation and the fingerprint match, and only once."""
+    """A worker accepts a ticket only if its MAC, this worker's incarnation and the pairing match, and only once."""
 
-    def __init__(self, key: bytes, role: Role, incarnation: str, fingerprint: bytes) -> None:
+    def __init__(self, key: bytes, role: Role, incarnation: str, pairing: bytes) -> None:
         self._key = key
         self._role = role
         self._incarnation = incarnation
-        self._fingerprint = fingerprint
+        self._pairing = pairing
         self._used: set[bytes] = set()  # transfer ids
         self._expiry: list[tuple[float, bytes]] = []  # heap: when each of them may be forgotten, monotonic
 
@@ -81,9 +81,9 @@ class TicketGate:
         addressee = ticket.prefill_incarnation if self._role == "prefill" else ticket.decode_incarnation
         if addressee != self._incarnation:
             raise TicketRefused(f"ticket of {ticket.request_id} is for another incarnation of this worker; try again")
-        if ticket.fingerprint != self._fingerprint:
+        if ticket.pairing != self._pairing:
             raise TicketRefused(
-                f"ticket of {ticket.request_id} is for another KV layout (model revision, dtype or block size); "
+                f"ticket of {ticket.request_id} is for another KV layout (model revision, dtype or heads); "
                 "start prefill and decode workers from the same model and flags"
             )
         return ticket
@@ -112,13 +112,19 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """D holds blocks. P sends prompt blocks [first_block, first_block + num_blocks); D already has those before."""
+    """D holds blocks. P sends prompt blocks [first_block, first_block + num_blocks); D already has those before.
+
+    `block_size` is D's, in which every block number of the transfer counts. `targets`: D's own block for each granted
+    one, where the connector is one-sided; else empty, and D alone knows.
+    """
 
     KIND: ClassVar[int] = 2
     transfer_id: bytes
     generation: int
     first_block: int
     num_blocks: int
+    block_size: int
+    targets: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +139,10 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Names a payload: whole blocks [first_block, first_block + num_blocks), layers [first_layer, + num_layers).
+    """Names a payload: blocks [first_block, first_block + num_blocks), of each the layers [first_layer, + num_layers).
 
-    `digests` holds one 16-byte XXH3-128 per block over the block's bytes of those layers.
+    Over a two-sided connector the payload follows; over a one-sided one it has been written. `digests` holds one
+    16-byte XXH3-128 per block over the block's bytes of those layers, seeded with the transfer id.
     """
 
     KIND: ClassVar[int] = 4
@@ -158,7 +165,7 @@ class Manifest:
     generation: int
     num_tokens: int
     hashes: tuple[bytes, ...]  # block hashes of the prompt's full blocks
-    digests: tuple[bytes, ...]  # of the granted blocks, all layers, in order
+    digests: tuple[bytes, ...]  # of the granted blocks, in order: see kv_transfer/frame.py › block_digest
     first_tokens: tuple[int, ...]  # one per choice of the leg
 
 
@@ -182,6 +189,26 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Released:
+    """P, behind an Abort of either side: nothing of this transfer is in flight any more, and nothing will be sent.
+
+    What it ends is the quarantine of D's blocks (rule H3).
+    """
+
+    KIND: ClassVar[int] = 9
+    transfer_id: bytes
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """This end lives; from a thread of its own, so no long step delays it. P names the transfers it still works on."""
+
+    KIND: ClassVar[int] = 10
+    transfers: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Rendezvous:
     """Key-value exchange with which a connector sets its data path up over this authenticated channel."""
 
@@ -190,9 +217,10 @@ class Rendezvous:
     value: bytes
 
 
-Message = Reserve | Grant | Refuse | Frame | Manifest | Ack | Abort | Rendezvous
+Message = Reserve | Grant | Refuse | Frame | Manifest | Ack | Abort | Rendezvous | Released | Heartbeat
 _KINDS: dict[int, type[Message]] = {
-    cls.KIND: cls for cls in (Reserve, Grant, Refuse, Frame, Manifest, Ack, Abort, Rendezvous)
+    cls.KIND: cls
+    for cls in (Reserve, Grant, Refuse, Frame, Manifest, Ack, Abort, Rendezvous, Released, Heartbeat)
 }
 
 

@@ -32,7 +32,18 @@ class KVLayout:
         return self.layers * 2 * self.kv_heads * self.block_size * self.head_dim * ELEMENT_BYTES[self.dtype]
 
     @property
+    def layer_bytes(self) -> int:
+        """One layer of one block: a contiguous run inside the block."""
+        return self.block_bytes // self.layers
+
+    @property
     def fingerprint(self) -> bytes:
-        """32 bytes; P and D pair only when they are equal."""
+        """32 bytes, in which block hashes are rooted: equal hashes mean equal bytes."""
         text = f"tandem.kv.v1|{self.revision}|{self.dtype}|{self.block_shape}"
+        return hashlib.sha256(text.encode()).digest()
+
+    @property
+    def pairing(self) -> bytes:
+        """32 bytes; P and D pair only when they are equal. The block size is not in it: P converts to D's."""
+        text = f"tandem.pairing.v1|{self.revision}|{self.dtype}|{self.layers}|{self.kv_heads}|{self.head_dim}"
         return hashlib.sha256(text.encode()).digest()

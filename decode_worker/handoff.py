@@ -1,30 +1,43 @@
 """The receiving end of the hand-off: from a ticket to a verified sequence in the running batch.
 
 Fails closed: a sequence starts only behind a manifest that agrees with every byte that landed (rule H4). Blocks of
-a reservation that fails go back in `_fail`, nowhere else.
+a reservation that fails leave it in `_fail`, nowhere else: to the pool, or to quarantine while P may still write.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from tandem.common.errors import DeadlineExceeded, TandemError, TransferFailed
-from tandem.common.handoff import Abort, Ack, Frame, Grant, Manifest, Message, Refuse, Reserve, TicketGate
+from tandem.common.failpoints import failpoint
+from tandem.common.handoff import (
+    Abort,
+    Ack,
+    Frame,
+    Grant,
+    Heartbeat,
+    Manifest,
+    Message,
+    Refuse,
+    Released,
+    Reserve,
+    TicketGate,
+)
 from tandem.common.request import Leg, LegUpdate
 from tandem.common.worker_loop import Sink
 from tandem.decode_worker.limits import DecodeLimits
-from tandem.decode_worker.reservation import Phase, Reservation
+from tandem.decode_worker.reservation import Phase, Quarantined, Reservation
 from tandem.engine.allocation import blocks_for
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.sequence import Sequence
 from tandem.kv_transfer.base import BlockStore
 from tandem.kv_transfer.land import LandLink
 from tandem.kv_transfer.landing import Landing
+from tandem.kv_transfer.payload import Payload
 
 
 class RunningBatch(Protocol):
@@ -60,11 +73,17 @@ class Handoffs:
         self._batch, self._pool, self._store, self._gate, self._limits = batch, pool, store, gate, limits
         self._reservations: dict[bytes, Reservation] = {}  # by transfer id, in order of arrival
         self._early: dict[bytes, Early] = {}
+        self._quarantine: dict[bytes, Quarantined] = {}  # by transfer id
         self._generations = itertools.count(1)
 
     @property
     def count(self) -> int:
         return len(self._reservations)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Of prompts whose KV has not landed."""
+        return sum(len(reservation.sequence.token_ids) for reservation in self._reservations.values())
 
     @property
     def idle(self) -> bool:
@@ -77,6 +96,7 @@ class Handoffs:
         ticket = self._gate.admit(leg.ticket)
         reservation = Reservation(leg_id, sequence, ticket, sink, sequence.arrival + leg.timeout)
         self._reservations[ticket.transfer_id] = reservation
+        failpoint("decode.expected")
         early = self._early.pop(ticket.transfer_id, None)
         if early is not None:
             self._on_reserve(early.link, early.message)
@@ -88,21 +108,40 @@ class Handoffs:
     # ------------------------------------------------------------------ from P
 
     def on_message(self, link: LandLink, message: Message) -> None:
-        if isinstance(message, Reserve):
-            self._on_reserve(link, message)
-            return
+        match message:
+            case Reserve():
+                self._on_reserve(link, message)
+            case Heartbeat():
+                self._on_heartbeat(link, message)
+            case Released():
+                self._on_released(link, message)
+            case _:
+                self._on_transfer_message(link, message)
+
+    def _on_transfer_message(self, link: LandLink, message: Message) -> None:
         reservation = self._current(link, message)
         if reservation is None:
+            if isinstance(message, Abort):
+                self._early.pop(message.transfer_id, None)
             return  # of an attempt that ended here; P has been told
         match message:
             case Manifest():
+                failpoint("decode.manifest")
                 self._on_manifest(reservation, message)
             case Abort():
                 self._fail(reservation, TransferFailed(f"the prefill worker aborted: {message.reason}"), tell=False)
             case _:
                 self._fail(reservation, TransferFailed(f"unexpected {type(message).__name__} from the prefill worker"))
 
-    def on_frame(self, link: LandLink, frame: Frame, payload: Tensor) -> None:
+    def _on_heartbeat(self, link: LandLink, message: Heartbeat) -> None:
+        """P still works on these: queued, computing or sending, its loop goes round."""
+        until = time.monotonic() + self._limits.lease
+        for transfer_id in message.transfers:
+            reservation = self._reservations.get(transfer_id)
+            if reservation is not None and reservation.link is link and reservation.phase is Phase.LANDING:
+                reservation.lease = until
+
+    def on_frame(self, link: LandLink, frame: Frame, payload: Payload) -> None:
         """Frames of no current reservation are dropped (rule H2); the others land within their grant (rule H1)."""
         reservation = self._current(link, frame)
         if reservation is None or reservation.landing is None:
@@ -112,14 +151,48 @@ class Handoffs:
         except TransferFailed as exc:
             self._fail(reservation, exc)
             return
-        self._store.write(blocks, payload)
+        if not link.one_sided:
+            self._store.write(blocks, payload.tensor(), frame.first_layer, frame.num_layers)
         reservation.lease = time.monotonic() + self._limits.lease
+        failpoint("decode.landed")
 
     def on_lost(self, link: LandLink, reason: str) -> None:
         self._early = {key: early for key, early in self._early.items() if early.link is not link}
         for reservation in [r for r in self._reservations.values() if r.link is link]:
             error = TransferFailed(f"the link to prefill worker {reservation.ticket.prefill} broke: {reason}")
             self._fail(reservation, error, tell=False)
+
+    # ------------------------------------------------------------------ quarantine (rule H3)
+
+    def attached(self, link: LandLink, peer: str) -> None:
+        """P opens a link only when nothing of its former one is in flight any more."""
+        self._release_quarantined(lambda item: item.peer == peer and item.link is not link)
+
+    def peer_died(self, peer: str) -> None:
+        """P's process is gone: it writes nothing any more."""
+        self._release_quarantined(lambda item: item.peer == peer)
+
+    @property
+    def quarantined_peers(self) -> set[str]:
+        """The incarnations that hold blocks in quarantine."""
+        return {item.peer for item in self._quarantine.values()}
+
+    def _on_released(self, link: LandLink, message: Released) -> None:
+        item = self._quarantine.get(message.transfer_id)
+        if item is not None and item.link is link and item.generation == message.generation:
+            self._release_quarantined(lambda other: other is item)
+
+    def _release_quarantined(self, over: Callable[[Quarantined], bool]) -> None:
+        for transfer_id, item in [pair for pair in self._quarantine.items() if over(pair[1])]:
+            del self._quarantine[transfer_id]
+            self._give_back(item.blocks)
+
+    def _give_back(self, reserved: list[int]) -> None:
+        """What landed was never verified: it might be anything, a NaN too, and must not outlive the reservation."""
+        self._store.zero(reserved)
+        self._pool.unreserve(reserved)
+
+    # ------------------------------------------------------------------ reserve
 
     def _current(self, link: LandLink, message: Message) -> Reservation | None:
         """The reservation a message is about, if the message is of its present link and generation (rule H6)."""
@@ -132,6 +205,7 @@ class Handoffs:
         return reservation if generation == reservation.generation else None
 
     def _on_reserve(self, link: LandLink, message: Reserve) -> None:
+        failpoint("decode.reserve")
         try:
             ticket = self._gate.verify(message.ticket)
             if ticket.transfer_id != message.transfer_id:
@@ -170,7 +244,7 @@ class Handoffs:
     def _later(self, reservation: Reservation) -> None:
         link, reservation.link, reservation.phase = reservation.link, None, Phase.EXPECTED
         if link is not None:
-            link.post(Refuse(reservation.ticket.transfer_id, True, "no room for the prompt"))
+            link.post(Refuse(reservation.id, True, "no room for the prompt"))
 
     def _grant(self, reservation: Reservation) -> bool:
         sequence, size = reservation.sequence, self._pool.block_size
@@ -187,9 +261,11 @@ class Handoffs:
             return False
         reservation.cached, reservation.reserved, reservation.phase = cached, reserved, Phase.LANDING
         reservation.generation, reservation.lease = next(self._generations), time.monotonic() + self._limits.lease
-        grant = Grant(reservation.ticket.transfer_id, reservation.generation, len(cached), missing)
+        targets = tuple(reserved) if link.one_sided else ()
+        grant = Grant(reservation.id, reservation.generation, len(cached), missing, size, targets)
         reservation.landing = Landing(grant, reserved, len(sequence.token_ids), hashes, layout)
-        link.post(grant)
+        failpoint("decode.granted")
+        link.grant(grant, reserved)
         return True
 
     def _on_manifest(self, reservation: Reservation, manifest: Manifest) -> None:
@@ -204,22 +280,34 @@ class Handoffs:
         except TransferFailed as exc:
             self._fail(reservation, exc)
             return
-        del self._reservations[reservation.ticket.transfer_id]
+        del self._reservations[reservation.id]
+        link.revoke(reservation.id)
         self._pool.adopt(reservation.reserved)
         sequence.blocks = reservation.cached + reservation.reserved
         sequence.cached = len(reservation.cached) * self._pool.block_size
         sequence.computed = len(sequence.token_ids)
-        link.post(Ack(reservation.ticket.transfer_id, reservation.generation))
+        if not failpoint("decode.admitted"):
+            link.post(Ack(reservation.id, reservation.generation))
+        failpoint("decode.acked")
         self._batch.run_landed(reservation, manifest.first_tokens)
 
     def _fail(self, reservation: Reservation, error: TandemError, tell: bool = True) -> None:
-        """The one place where a reservation is released. Its connector is two-sided, so nothing can still land:
-        the blocks are free at once (rule H2)."""
-        del self._reservations[reservation.ticket.transfer_id]
-        self._pool.unreserve(reservation.reserved)
+        """The one place where a reservation is released. Over a two-sided connector nothing can land any more, so the
+        blocks are free at once (rule H2); over a one-sided one they wait for P's word."""
+        del self._reservations[reservation.id]
         self._pool.release(reservation.cached)
-        if tell and reservation.link is not None:
-            reservation.link.post(Abort(reservation.ticket.transfer_id, reservation.generation, error.message))
+        link, reserved = reservation.link, reservation.reserved
+        if link is not None:
+            link.revoke(reservation.id)
+        if link is not None and reserved and link.one_sided:
+            self._pool.quarantine(reserved)
+            peer = reservation.ticket.prefill_incarnation
+            self._quarantine[reservation.id] = Quarantined(reserved, reservation.generation, link, peer)
+        else:
+            self._give_back(reserved)
+        if tell and link is not None:
+            link.post(Abort(reservation.id, reservation.generation, error.message))
+        failpoint("decode.aborted")
         reservation.sink(LegUpdate(error=error))
 
     def close(self, error: TandemError) -> None:

@@ -3,6 +3,8 @@
 EXPECTED ──Reserve──► PARKED ──room: Grant──► LANDING ──Manifest verified: Ack──► running
     ▲                   │                        │
     └──Refuse(later)────┘         any state: Abort, cancel, deadline, lease or a lost link ──► gone
+                                                 │ one-sided: P may still be writing
+                                                 └──► quarantine ──Released, or P is dead──► gone
 
 prompt blocks   [ cached: already here, shared ][ reserved: P fills these ]
                                                  first_block …
@@ -40,3 +42,17 @@ class Reservation:
     cached: list[int] = field(default_factory=list[int])  # blocks, one reference each
     reserved: list[int] = field(default_factory=list[int])  # blocks
     landing: Landing | None = None
+
+    @property
+    def id(self) -> bytes:
+        return self.ticket.transfer_id
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """Blocks of an aborted reservation that P's one-sided writes may still reach (rule H3)."""
+
+    blocks: list[int]
+    generation: int
+    link: LandLink
+    peer: str  # incarnation of P

@@ -18,42 +18,52 @@ from tandem.common.service import WorkerServer, WorkerShell, describe, new_incar
 from tandem.common.worker_config import WorkerConfig
 from tandem.common.worker_watch import WatchHub
 from tandem.decode_worker.limits import DecodeLimits
+from tandem.decode_worker.undertaker import Peer, Undertaker
 from tandem.decode_worker.worker import DecodeWorker
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.kv_transfer.context import Context
+from tandem.kv_transfer.heart import Heart
 from tandem.kv_transfer.land import LandLink
-from tandem.kv_transfer.registry import choose, create_receiver
+from tandem.kv_transfer.negotiation import NegotiatedReceiver
+from tandem.kv_transfer.registry import choose
 
 TRANSFER_TIMEOUT = 30.0  # seconds a frame may take
 
 
 class DecodeServer(WorkerServer):
-    def __init__(self, shell: WorkerShell, facts: Mapping[str, object], pool: BlockPool) -> None:
+    def __init__(self, shell: WorkerShell, facts: Mapping[str, object], pool: BlockPool, heart: Heart) -> None:
         super().__init__(shell, facts)
         self.pool = pool  # for looking at, from other threads
+        self._heart = heart
 
     @classmethod
     def start(cls, config: WorkerConfig, engine: EngineConfig, on_progress: OnProgress | None = None) -> DecodeServer:
         """Load the model, listen, register. Raises ConfigError or ModelError."""
         loaded = Engine.load(engine, on_progress)
         incarnation = new_incarnation()
-        connector, why = choose(config.kv_connector, loaded.device)
+        allowed, why = choose(config.kv_connector, loaded.device)
         pool = BlockPool(loaded.num_blocks, engine.block_size, engine.enable_prefix_caching)
-        gate = TicketGate(config.cluster_key, "decode", incarnation, loaded.layout.fingerprint)
+        gate = TicketGate(config.cluster_key, "decode", incarnation, loaded.layout.pairing)
         limits = DecodeLimits(engine.max_num_batched_tokens, engine.max_num_seqs)
         worker = DecodeWorker(loaded, pool, gate, limits)
         description = describe(config, incarnation, loaded.layout, loaded.max_model_len, engine.max_num_seqs)
         shell = WorkerShell(config, description, worker, WatchHub(description, worker.load, pool))
-        handoff = _Handoff(config, connector, incarnation, worker, loaded)
+        heart = Heart()
+        handoff = _Handoff(config, allowed, incarnation, worker, loaded, heart)
 
         def add(server: grpc.aio.Server, shell: WorkerShell) -> None:
             services.add_DecodeWorkerServicer_to_server(_Decode(shell, worker), server)
             services.add_HandoffServicer_to_server(handoff, server)
 
         shell.start(add)
-        return cls(shell, {**loaded.describe(), "connector": f"{connector} ({why})"}, pool)
+        heart.start(shell.healthy)
+        return cls(shell, {**loaded.describe(), "connector": why}, pool, heart)
+
+    def stop(self) -> None:
+        super().stop()
+        self._heart.stop()
 
 
 class _Decode(services.DecodeWorkerServicer):
@@ -75,15 +85,23 @@ class _Handoff(services.HandoffServicer):
     """One link per prefill incarnation, for as long as P keeps its stream open."""
 
     def __init__(
-        self, config: WorkerConfig, connector: str, incarnation: str, worker: DecodeWorker, engine: Engine
+        self,
+        config: WorkerConfig,
+        allowed: tuple[str, ...],
+        incarnation: str,
+        worker: DecodeWorker,
+        engine: Engine,
+        heart: Heart,
     ) -> None:
-        self._config, self._connector, self._incarnation = config, connector, incarnation
-        self._worker, self._engine = worker, engine
+        self._config, self._allowed, self._incarnation = config, allowed, incarnation
+        self._worker, self._engine, self._heart = worker, engine, heart
+        self._undertaker = Undertaker(config.cluster_key, worker)
 
     async def Channel(self, request_iterator: AsyncIterator[pb.Envelope], context: Any) -> AsyncIterator[pb.Envelope]:
-        await self._check(context)
+        peer = await self._peer(context)
         channel = HandoffChannel(asyncio.get_running_loop())
         link = self._accept(channel)
+        self._worker.inbox.put(lambda: self._worker.handoffs.attached(link, peer.incarnation))
         reader = asyncio.create_task(channel.read(request_iterator))
         try:
             async for envelope in channel.outgoing():
@@ -92,28 +110,28 @@ class _Handoff(services.HandoffServicer):
             reader.cancel()
             channel.peer_gone("the prefill worker closed the channel")
             link.close()
+            self._undertaker.watch(peer)
 
-    async def _check(self, context: Any) -> None:
+    async def _peer(self, context: Any) -> Peer:
         metadata = dict(context.invocation_metadata())
         if metadata.get("tandem-to") != self._incarnation:
             await rpc.abort(context, TicketRefused("this address now belongs to another incarnation; try again"))
-        if metadata.get("tandem-connector") != self._connector:
-            wanted = metadata.get("tandem-connector")
-            message = f"P pushes by {wanted!r}, D lands by {self._connector!r}; give both the same --kv-connector"
-            await rpc.abort(context, TicketRefused(message))
+        return Peer(str(metadata.get("tandem-from", "")), str(metadata.get("tandem-address", "")))
 
     def _accept(self, channel: HandoffChannel) -> LandLink:
         inbox, handoffs = self._worker.inbox, self._worker.handoffs
-        context = Context(channel, self._engine.layout, self._engine.device, self._config.host)
+        store = self._engine.store
+        context = Context(channel, store.layout, self._engine.device, self._config.host, store.memory, store.fd)
         link = LandLink(
-            channel,
-            create_receiver(self._connector, context),
+            context,
+            NegotiatedReceiver(context, self._allowed),
             on_message=lambda message: inbox.put(lambda: handoffs.on_message(link, message)),
             on_frame=lambda frame, payload: inbox.put(lambda: handoffs.on_frame(link, frame, payload)),
             on_lost=lambda reason: inbox.put(lambda: handoffs.on_lost(link, reason)),
             timeout=TRANSFER_TIMEOUT,
         )
         link.open()
+        self._heart.add(link)
         return link
 
 

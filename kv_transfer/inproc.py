@@ -1,22 +1,20 @@
-"""P and D in one process: a channel made of two queues, and a connector that hands payloads over by reference."""
+"""P and D in one process: a channel made of two queues, and a connector that copies payloads."""
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
-from torch import Tensor
-
 from tandem.common.errors import TransferFailed
-from tandem.common.handoff import Frame, Message, Rendezvous, decode, encode
-from tandem.common.kv_layout import KVLayout
+from tandem.common.handoff import Frame, Message, decode, encode
 from tandem.kv_transfer.context import Context
-from tandem.kv_transfer.rendezvous import Mailbox
+from tandem.kv_transfer.payload import Payload
 
 logger = logging.getLogger(__name__)
 
@@ -78,22 +76,24 @@ class _Pipe:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._payload: Tensor | None = None
+        self._payload: Payload | None = None
         self._closed = False
 
-    def put(self, payload: Tensor, timeout: float) -> None:
+    def put(self, payload: Payload, timeout: float) -> None:
         with self._changed:
             self._payload = payload
             self._changed.notify_all()
             self._wait(lambda: self._payload is None, timeout, "D did not take the payload")
 
-    def take(self, timeout: float) -> Tensor:
+    def take(self, timeout: float) -> Payload:
         with self._changed:
             self._wait(lambda: self._payload is not None, timeout, "P did not send the announced payload")
-            payload, self._payload = self._payload, None
+            payload = self._payload
+            assert payload is not None
+            taken = Payload.whole(payload.tensor().clone())
+            self._payload = None
             self._changed.notify_all()
-        assert payload is not None
-        return payload
+        return taken
 
     def close(self) -> None:
         with self._changed:
@@ -105,6 +105,7 @@ class _Pipe:
         if self._closed:
             raise TransferFailed("the in-process data path was closed")
         if not done():
+            self._payload = None
             raise TransferFailed(f"{fault} within {timeout:g} s")
 
 
@@ -112,49 +113,43 @@ class _Pipe:
 _pipes: WeakValueDictionary[bytes, _Pipe] = WeakValueDictionary()
 
 
+def domain(context: Context) -> str:
+    return str(os.getpid())
+
+
 class _End:
+    one_sided = False
+
     def __init__(self, context: Context) -> None:
-        self._context = context
-        self._mailbox = Mailbox(context.channel)
+        self._mailbox = context.mailbox
         self._pipe = _Pipe()
         self._closed = False
 
-    @property
-    def layout(self) -> KVLayout:
-        return self._context.layout
-
-    def rendezvous(self, message: Rendezvous) -> None:
-        self._mailbox.deliver(message)
-
     def close(self) -> None:
         self._closed = True
-        self._mailbox.close()
         self._pipe.close()
 
 
 class InprocSender(_End):
-    """Hands over the payload itself, no copy: P gives it up, as it does with a copy made by BlockStore.read."""
+    """Shows D the payload, which copies it."""
 
     def open(self, timeout: float) -> None:
         token = secrets.token_bytes(16)
         _pipes[token] = self._pipe
-        self._mailbox.agree(0, self._context.terms("inproc"), time.monotonic() + timeout)
-        self._mailbox.publish("pipe", token)
+        self._mailbox.publish("inproc/pipe", token)
 
-    def send(self, frame: Frame, payload: Tensor, timeout: float) -> None:
+    def send(self, frame: Frame, payload: Payload, targets: Sequence[int], timeout: float) -> None:
         self._pipe.put(payload, timeout)
 
 
 class InprocReceiver(_End):
     def open(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        self._mailbox.agree(1, self._context.terms("inproc"), deadline)
-        pipe = _pipes.get(self._mailbox.take("pipe", deadline))
+        pipe = _pipes.get(self._mailbox.take("inproc/pipe", time.monotonic() + timeout))
         if pipe is None:
-            raise TransferFailed("the inproc connector needs both workers in one process; use --kv-connector torch")
+            raise TransferFailed("the inproc connector needs both workers in one process; use --kv-connector auto")
         self._pipe = pipe
         if self._closed:  # by another thread, which may have closed the pipe this one replaced
             raise TransferFailed("the link was closed while its data path was being set up")
 
-    def receive(self, frame: Frame, timeout: float) -> Tensor:
+    def receive(self, frame: Frame, targets: Sequence[int], timeout: float) -> Payload:
         return self._pipe.take(timeout)

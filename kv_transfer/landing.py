@@ -3,8 +3,9 @@
     prompt block   0 … first_block-1 | first_block … first_block+num_blocks-1
                    D's prefix cache  | granted: each lands exactly once, in local_blocks[block - first_block]
 
-Invariant: a block id leaves `accept` at most once, and only for a frame of this transfer and generation; `verify`
-passes only when every granted block has landed and P and D agree on every token block and every byte (H1, H2, H4).
+Invariant: a layer of a block leaves `accept` at most once, and only for a frame of this transfer and generation;
+`verify` passes only when every granted block has landed and P and D agree on every token block and every byte (rules
+H1, H2, H4).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from tandem.common.errors import TransferFailed
 from tandem.common.handoff import Frame, Grant, Manifest
 from tandem.common.kv_layout import KVLayout
-from tandem.kv_transfer.frame import check_frame
+from tandem.kv_transfer.frame import BlockDigests, check_frame
 
 
 class Landing:
@@ -31,12 +32,7 @@ class Landing:
         self._num_tokens = num_tokens
         self._hashes = tuple(hashes)
         self._layout = layout
-        self._digests: list[bytes | None] = [None] * grant.num_blocks  # of what landed
-
-    @property
-    def landed(self) -> int:
-        """How many of the granted blocks have landed; grows with every accepted frame."""
-        return sum(digest is not None for digest in self._digests)
+        self._digests = BlockDigests(layout.layers)  # of what landed
 
     def accept(self, frame: Frame) -> list[int]:
         """D's blocks to write the frame's payload into, in order. Raises TransferFailed, and then changes nothing.
@@ -52,9 +48,7 @@ class Landing:
                 f"frame of blocks [{frame.first_block}, {frame.first_block + frame.num_blocks}) is outside the granted "
                 f"[{self._grant.first_block}, {self._grant.first_block + self._grant.num_blocks})"
             )
-        if any(digest is not None for digest in self._digests[start:stop]):
-            raise TransferFailed(f"frame at block {frame.first_block} repeats a block that has landed")
-        self._digests[start:stop] = frame.digests
+        self._digests.add(frame)
         return list(self._local[start:stop])
 
     def verify(self, manifest: Manifest) -> None:
@@ -64,11 +58,11 @@ class Landing:
             raise TransferFailed(f"manifest of {manifest.num_tokens} tokens; the prompt has {self._num_tokens}")
         if manifest.hashes != self._hashes:
             raise TransferFailed("the manifest's block hashes are not those of the prompt: P computed other tokens")
-        missing = [index for index, digest in enumerate(self._digests) if digest is None]
+        granted = range(self._grant.first_block, self._grant.first_block + self._grant.num_blocks)
+        missing = [block for block in granted if not self._digests.complete(block)]
         if missing:
-            first = self._grant.first_block + missing[0]
-            raise TransferFailed(f"{len(missing)} granted blocks never landed, the first is block {first}")
-        if manifest.digests != tuple(self._digests):
+            raise TransferFailed(f"{len(missing)} granted blocks never landed, the first is block {missing[0]}")
+        if manifest.digests != tuple(map(self._digests.of, granted)):
             raise TransferFailed("the manifest's digests are not those of the landed blocks")
 
     def _check_current(self, transfer_id: bytes, generation: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
@@ -11,10 +12,14 @@ from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from tandem.common.errors import TandemError
-from tandem.common.handoff import Message, Rendezvous
-from tandem.kv_transfer.base import Channel, Receiver, Sender
+from tandem.common.failpoints import failpoint
+from tandem.common.handoff import Heartbeat, Message, Rendezvous
+from tandem.kv_transfer.base import Receiver, Sender
+from tandem.kv_transfer.context import Context
 
 logger = logging.getLogger(__name__)
+
+SILENCE = 5.0  # seconds without a message of the peer, heartbeats included, that end a link
 
 Job = TypeVar("Job")
 Path = TypeVar("Path", Sender, Receiver)
@@ -25,25 +30,28 @@ class Link(ABC, Generic[Job, Path]):
 
         new ── open ──► serving ──┬─ close() by the owner ──────────────► ended, silently
                                   └─ channel closed, connector failed,
-                                     deadline passed, peer broke the ──► ended, on_lost(reason) once
-                                     protocol, bug in a callback
+                                     deadline passed, peer silent or   ──► ended, on_lost(reason) once
+                                     against the protocol, a bug
 
     Ending closes channel and connector, which unblocks the thread; a link never comes back, the owner makes a new one.
     Callbacks run on the link's or the channel's thread and must not block.
     """
 
-    def __init__(self, channel: Channel, path: Path, on_lost: Callable[[str], None], timeout: float) -> None:
-        self._channel = channel
+    def __init__(self, context: Context, path: Path, on_lost: Callable[[str], None], timeout: float) -> None:
+        self._context = context
+        self._channel = context.channel
         self._path: Path = path
         self._on_lost = on_lost
         self._timeout = timeout  # seconds, for setting up and for each frame
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._ended = False
+        self._heard = time.monotonic()  # when the peer was last heard of
         self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
 
     def open(self) -> None:
         """Start the thread, which sets the data path up; returns at once."""
+        self._heard = time.monotonic()
         self._thread.start()
         self._channel.listen(self._incoming, self._end)
 
@@ -51,6 +59,18 @@ class Link(ABC, Generic[Job, Path]):
         """Send a message now, ahead of queued frames. On a lost link it goes nowhere: on_lost has said so."""
         with self._ending_on_error():
             self._channel.send(message)
+
+    def beat(self) -> bool:
+        """Tell the peer that this end lives, and give up one that is silent (rule H10). False: the link has ended.
+
+        Called every second or so, from a thread that no long computation holds up (Heart).
+        """
+        silent = time.monotonic() - self._heard
+        if silent > SILENCE:
+            self._end(f"no sign of life from the peer for {silent:.1f} s")
+        elif not self._ended and not failpoint("link.beat"):
+            self.post(Heartbeat(self._held()))
+        return not self._ended
 
     def close(self) -> None:
         """End the link without on_lost; the thread follows (`join`). Idempotent, from any thread."""
@@ -70,6 +90,10 @@ class Link(ABC, Generic[Job, Path]):
     def _incoming_message(self, message: Message) -> None:
         """Take a message of the peer, on the channel's thread."""
 
+    @abstractmethod
+    def _held(self) -> tuple[bytes, ...]:
+        """The transfers this end still works on."""
+
     def _put(self, job: Job) -> None:
         with self._changed:
             self._jobs.append(job)
@@ -84,6 +108,7 @@ class Link(ABC, Generic[Job, Path]):
     def _run(self) -> None:
         with self._ending_on_error():
             self._path.open(self._timeout)
+            failpoint("link.opened")
             while self._step():
                 pass
 
@@ -96,9 +121,10 @@ class Link(ABC, Generic[Job, Path]):
         return True
 
     def _incoming(self, message: Message) -> None:
+        self._heard = time.monotonic()
         with self._ending_on_error():
             if isinstance(message, Rendezvous):
-                self._path.rendezvous(message)
+                self._context.mailbox.deliver(message)
             else:
                 self._incoming_message(message)
 
@@ -119,6 +145,7 @@ class Link(ABC, Generic[Job, Path]):
             self._ended = True
             self._jobs.clear()
             self._changed.notify()
+        self._context.mailbox.close()
         self._path.close()
         self._channel.close()
         if reason is not None:

@@ -53,16 +53,6 @@ class Mailbox:
         with self._changed:
             return key in self._values
 
-    def agree(self, rank: int, terms: bytes, deadline: float) -> None:
-        """Both ends (rank 0 is P, 1 is D) state their terms; returns once they are equal. Raises TransferFailed."""
-        self.publish(f"terms/{rank}", terms)
-        theirs = self.take(f"terms/{1 - rank}", deadline)
-        if theirs != terms:
-            raise TransferFailed(
-                f"the two ends cannot pair: this one is {terms!r}, the peer {theirs!r} (connector, KV layout); "
-                "give both workers the same --kv-connector, model, dtype and block size"
-            )
-
     def close(self) -> None:
         """Make every `take`, present and future, fail."""
         with self._changed:

@@ -13,18 +13,18 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tandem.common.errors import ConfigError, TransferFailed
-from tandem.common.handoff import Frame, Rendezvous
-from tandem.common.kv_layout import KVLayout
+from tandem.common.handoff import Frame
 from tandem.kv_transfer.context import Context
+from tandem.kv_transfer.payload import Payload
 from tandem.kv_transfer.rendezvous import Mailbox
 
 _TAGS = 1 << 20  # tags of frames, in turn; the next one is never sent on
@@ -61,13 +61,22 @@ class ChannelStore(dist.Store):  # pyright: ignore[reportPrivateImportUsage]  # 
         return self
 
 
+def domain(context: Context) -> str:
+    """Raises ConfigError."""
+    if context.device.type == "cuda" and not hasattr(dist, "ProcessGroupNCCL"):
+        raise ConfigError("this build of torch has no NCCL; install one with CUDA, or use --device cpu")
+    return "nccl" if context.device.type == "cuda" else "gloo"
+
+
 class _End:
     """What both ends do alike. One thread opens and moves; `close` may come from any other."""
+
+    one_sided = False
 
     def __init__(self, context: Context, rank: int) -> None:
         self._context = context
         self._rank = rank
-        self._mailbox = Mailbox(context.channel)
+        self._mailbox = context.mailbox
         self._store = ChannelStore(self._mailbox)
         self._backend = "nccl" if context.device.type == "cuda" else "gloo"
         self._lock = threading.Lock()
@@ -75,17 +84,9 @@ class _End:
         self._closed = False
         self._frames = 0  # moved so far; the same count at both ends, as headers arrive in order
 
-    @property
-    def layout(self) -> KVLayout:
-        return self._context.layout
-
-    def rendezvous(self, message: Rendezvous) -> None:
-        self._mailbox.deliver(message)
-
     def open(self, timeout: float) -> None:
         """Raises TransferFailed, or ConfigError for a host that cannot be listened on."""
         self._store.deadline = time.monotonic() + timeout
-        self._mailbox.agree(self._rank, self._context.terms(self._backend), self._store.deadline)
         make = _gloo_group if self._backend == "gloo" else _nccl_group
         with _translated("setting up the data path"), self._on_device():
             group = make(self._store, self._rank, timeout, self._context.host)
@@ -106,7 +107,6 @@ class _End:
                 return
             self._closed = True
             group, self._group = self._group, None
-        self._mailbox.close()
         if group is not None:
             _unblock(group)
 
@@ -130,13 +130,13 @@ class _End:
 
 
 class TorchSender(_End):
-    """Sends the payload from where it lies; no copy."""
+    """Sends the payload from where it lies if that is one run of bytes, else from a copy."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context, 0)
 
-    def send(self, frame: Frame, payload: Tensor, timeout: float) -> None:
-        self._move("send", frame, payload, timeout)
+    def send(self, frame: Frame, payload: Payload, targets: Sequence[int], timeout: float) -> None:
+        self._move("send", frame, payload.tensor(), timeout)
 
 
 class TorchReceiver(_End):
@@ -145,11 +145,11 @@ class TorchReceiver(_End):
     def __init__(self, context: Context) -> None:
         super().__init__(context, 1)
 
-    def receive(self, frame: Frame, timeout: float) -> Tensor:
+    def receive(self, frame: Frame, targets: Sequence[int], timeout: float) -> Payload:
         shape = (frame.num_blocks, frame.num_bytes // frame.num_blocks)
         payload = torch.empty(shape, dtype=torch.uint8, device=self._context.device)
         self._move("recv", frame, payload, timeout)
-        return payload
+        return Payload.whole(payload)
 
 
 def _gloo_group(store: ChannelStore, rank: int, timeout: float, host: str) -> Any:
@@ -176,9 +176,7 @@ _environment_lock = threading.Lock()
 
 
 def _nccl_group(store: ChannelStore, rank: int, timeout: float, host: str) -> Any:
-    make: Callable[..., Any] | None = getattr(dist, "ProcessGroupNCCL", None)
-    if make is None:
-        raise ConfigError("this build of torch has no NCCL; install one with CUDA, or use --device cpu")
+    make: Callable[..., Any] = cast(Any, dist).ProcessGroupNCCL  # builds without CUDA lack it: see `domain`
     with _environment(_NCCL_ENVIRONMENT):
         return make(store, rank, 2, timedelta(seconds=timeout))
 

@@ -46,9 +46,7 @@ class PrefillScheduler:
             if item.sequence.remaining == 0:
                 self.running.remove(item.sequence)
 
-    def stop(self, sequence: Sequence) -> None:
-        """The sequence is over, in whatever state: give its blocks back."""
+    def leave(self, sequence: Sequence) -> None:
+        """The sequence is over, in whatever state; it keeps its blocks, which may be on their way."""
         if sequence in self.running:
             self.running.remove(sequence)
-        self._pool.release(sequence.blocks)
-        sequence.blocks = []

@@ -22,33 +22,43 @@ from tandem.engine.block_pool import BlockPool
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.kv_transfer.context import Context
+from tandem.kv_transfer.heart import Heart
+from tandem.kv_transfer.negotiation import NegotiatedSender
 from tandem.kv_transfer.push import PushLink
-from tandem.kv_transfer.registry import choose, create_sender
+from tandem.kv_transfer.registry import choose
 from tandem.prefill_worker.worker import PrefillLimits, PrefillWorker
 
 TRANSFER_TIMEOUT = 30.0  # seconds a frame may take
 
 
 class PrefillServer(WorkerServer):
-    def __init__(self, shell: WorkerShell, facts: Mapping[str, object], pool: BlockPool) -> None:
+    def __init__(self, shell: WorkerShell, facts: Mapping[str, object], pool: BlockPool, heart: Heart) -> None:
         super().__init__(shell, facts)
         self.pool = pool  # for looking at, from other threads
+        self._heart = heart
 
     @classmethod
     def start(cls, config: WorkerConfig, engine: EngineConfig, on_progress: OnProgress | None = None) -> PrefillServer:
         """Load the model, listen, register. Raises ConfigError or ModelError."""
         loaded = Engine.load(engine, on_progress)
         incarnation = new_incarnation()
-        connector, why = choose(config.kv_connector, loaded.device)
+        allowed, why = choose(config.kv_connector, loaded.device)
         pool = BlockPool(loaded.num_blocks, engine.block_size, engine.enable_prefix_caching)
-        gate = TicketGate(config.cluster_key, "prefill", incarnation, loaded.layout.fingerprint)
-        connect = _Connector(config, connector, incarnation, loaded)
+        gate = TicketGate(config.cluster_key, "prefill", incarnation, loaded.layout.pairing)
+        heart = Heart()
+        connect = _Connector(config, allowed, incarnation, loaded, heart)
         limits = PrefillLimits(engine.max_num_batched_tokens, engine.max_num_seqs)
         worker = PrefillWorker(loaded, pool, gate, connect, limits)
         description = describe(config, incarnation, loaded.layout, loaded.max_model_len, engine.max_num_seqs)
         shell = WorkerShell(config, description, worker, WatchHub(description, worker.load, pool))
         shell.start(lambda server, shell: services.add_PrefillWorkerServicer_to_server(_Prefill(shell, worker), server))
-        return cls(shell, {**loaded.describe(), "connector": f"{connector} ({why})"}, pool)
+        connect.address = shell.address
+        heart.start(shell.healthy)
+        return cls(shell, {**loaded.describe(), "connector": why}, pool, heart)
+
+    def stop(self) -> None:
+        super().stop()
+        self._heart.stop()
 
 
 class _Prefill(services.PrefillWorkerServicer):
@@ -70,21 +80,23 @@ class _Prefill(services.PrefillWorkerServicer):
 class _Connector:
     """Opens links to decode workers; a link dials and sets its data path up on threads of its own."""
 
-    def __init__(self, config: WorkerConfig, connector: str, incarnation: str, engine: Engine) -> None:
-        self._config, self._connector, self._incarnation, self._engine = config, connector, incarnation, engine
+    def __init__(
+        self, config: WorkerConfig, allowed: tuple[str, ...], incarnation: str, engine: Engine, heart: Heart
+    ) -> None:
+        self._config, self._allowed, self._incarnation = config, allowed, incarnation
+        self._engine, self._heart = engine, heart
+        self.address = ""  # this worker's, where D can ask whether it lives
 
     def __call__(
         self, address: str, incarnation: str, on_message: Callable[[Message], None], on_lost: Callable[[str], None]
     ) -> PushLink:
-        metadata = (
-            ("tandem-from", self._incarnation),
-            ("tandem-to", incarnation),
-            ("tandem-connector", self._connector),
-        )
+        metadata = (("tandem-from", self._incarnation), ("tandem-to", incarnation), ("tandem-address", self.address))
         channel = HandoffChannel(rpc.create_sync_channel(address, self._config.cluster_key), metadata)
-        context = Context(channel, self._engine.layout, self._engine.device, self._config.host)
-        link = PushLink(channel, create_sender(self._connector, context), on_message, on_lost, TRANSFER_TIMEOUT)
+        store = self._engine.store
+        context = Context(channel, store.layout, self._engine.device, self._config.host, store.memory, store.fd)
+        link = PushLink(context, NegotiatedSender(context, self._allowed), on_message, on_lost, TRANSFER_TIMEOUT)
         link.open()
+        self._heart.add(link)
         return link
 
 

@@ -12,20 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tandem.common.errors import Cancelled, DeadlineExceeded, InternalError, TandemError, TransferFailed
-from tandem.common.handoff import Abort, Ack, Grant, Message, Refuse, Reserve, TicketGate
+from tandem.common.failpoints import failpoint
+from tandem.common.handoff import Abort, Ack, Grant, Message, Refuse, Released, Reserve, TicketGate
 from tandem.common.request import Leg, LegUpdate, Token
 from tandem.common.worker_info import Load
 from tandem.common.worker_loop import Bulkhead, Inbox, Sink
 from tandem.engine.allocation import blocks_for
-from tandem.engine.batch import Sampled
+from tandem.engine.batch import Sampled, Scheduled
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.engine import Engine
 from tandem.engine.sequence import Sequence, check_tokens
 from tandem.kv_transfer.push import PushLink
+from tandem.prefill_worker.outgoing import Outgoing, Source
 from tandem.prefill_worker.scheduler import PrefillScheduler
 from tandem.prefill_worker.transfer import Phase, Transfer
 
 log = logging.getLogger("tandem.prefill")
+
+CLOSE_TIMEOUT = 5.0  # seconds for a link's thread to let go of what it sends
 
 Connect = Callable[[str, str, Callable[[Message], None], Callable[[str], None]], PushLink]
 """(address, incarnation of D, on_message, on_lost) → a link that opens itself on its own thread."""
@@ -40,6 +44,8 @@ class PrefillLimits:
     ack_timeout: float = 30.0  # seconds D may take to answer a Manifest
     retry_pause: float = 0.05  # seconds before D is asked again after Refuse(later)
     max_backlog_bytes: int = 256 << 20  # payload copied out of the cache and not yet sent, per link
+    pipelined_from: int = 256  # tokens; shorter prompts are sent in one piece (docs/benchmarks.md has the threshold)
+    layer_groups: int = 4  # parts in which a chunk's layers leave while later ones are computed
 
 
 class PrefillWorker:
@@ -48,12 +54,16 @@ class PrefillWorker:
     ) -> None:
         self.inbox = Inbox()
         self._engine, self._pool, self._gate, self._connect, self._limits = engine, pool, gate, connect, limits
-        self._fingerprint = engine.layout.fingerprint
-        self._scheduler = PrefillScheduler(pool, self._fingerprint, limits.max_num_batched_tokens, limits.max_num_seqs)
+        self._scheduler = PrefillScheduler(
+            pool, engine.layout.fingerprint, limits.max_num_batched_tokens, limits.max_num_seqs
+        )
         self._transfers: dict[bytes, Transfer] = {}  # by transfer id, in order of arrival
         self._by_leg: dict[int, Transfer] = {}
         self._by_sequence: dict[Sequence, Transfer] = {}
+        self._leaving: set[Transfer] = set()  # over, but something of theirs is still in flight
         self._links: dict[str, PushLink] = {}  # by D's incarnation
+        self._lost: dict[str, PushLink] = {}  # likewise; ended links whose thread may not have
+        self._source = Source(engine.store, limits.max_backlog_bytes, limits.pipelined_from)
         self._bulkhead = Bulkhead()
 
     # ------------------------------------------------------------------ the loop
@@ -66,7 +76,7 @@ class PrefillWorker:
         scheduled = self._scheduler.schedule()
         if scheduled:
             try:
-                sampled = self._engine.forward(scheduled)
+                sampled = self._forward(scheduled)
             except Exception as exc:
                 error = self._bulkhead.failed(exc)
                 for item in scheduled:
@@ -74,10 +84,25 @@ class PrefillWorker:
                 return True
             self._bulkhead.passed()
             self._scheduler.advance(scheduled)
+            failpoint("prefill.computed")
             for result in sampled:
                 self._first_tokens(result)
         self._push()
         return bool(scheduled)
+
+    def _forward(self, scheduled: list[Scheduled]) -> list[Sampled]:
+        """KV leaves by groups of layers while the later layers of the same step are computed."""
+        items = [(item, out) for item in scheduled if (out := self._by_sequence[item.sequence].outgoing)]
+        pipelined = [(item, out) for item, out in items if out.by_layers]
+        if not pipelined:
+            return self._engine.forward(scheduled)
+
+        def on_layers(first: int, count: int) -> None:
+            for item, outgoing in pipelined:
+                outgoing.push_layers(item.sequence.computed + item.num_tokens, first, count)
+
+        group = -(-self._engine.layout.layers // self._limits.layer_groups)
+        return self._engine.forward(scheduled, on_layers, group)
 
     def _ask(self) -> None:
         """Request room for the next prompts in line; their turn comes only with a grant in hand (rule H8).
@@ -93,9 +118,8 @@ class PrefillWorker:
             ahead = tokens + asked[transfer.link]
             if transfer.phase is Phase.QUEUED and transfer.retry_at <= now and ahead < window:
                 transfer.phase, transfer.phase_deadline = Phase.ASKED, now + self._limits.grant_timeout
-                transfer.link.post(
-                    Reserve(transfer.ticket.transfer_id, transfer.sealed, len(transfer.sequence.token_ids))
-                )
+                transfer.link.reserve(Reserve(transfer.id, transfer.sealed, len(transfer.sequence.token_ids)))
+                failpoint("prefill.asked")
             if transfer.phase is Phase.ASKED:
                 asked[transfer.link] += transfer.sequence.remaining
 
@@ -104,6 +128,8 @@ class PrefillWorker:
             if transfer.phase is Phase.GRANTED:
                 if not self._scheduler.start(transfer.sequence):
                     return
+                assert transfer.grant is not None, "granted without a grant"
+                transfer.outgoing = Outgoing(self._source, transfer.sequence, transfer.grant, transfer.link)
                 transfer.phase, transfer.started = Phase.COMPUTING, time.monotonic()
                 transfer.sequence.cached = transfer.sequence.computed
 
@@ -114,35 +140,21 @@ class PrefillWorker:
             self._end(transfer, InternalError(result.error))
             return
         transfer.sampled, transfer.first_tokens = time.monotonic(), result.token_ids
+        failpoint("prefill.sampled")
         transfer.sink(LegUpdate(tokens=tuple(first_tokens(result))))
 
     def _push(self) -> None:
         """Send every finished block D misses; behind the last one, the manifest."""
         for transfer in list(self._transfers.values()):
-            if transfer.phase is Phase.COMPUTING and transfer.link.backlog_bytes <= self._limits.max_backlog_bytes:
-                self._push_blocks(transfer)
-                if transfer.first_tokens and transfer.pushed == len(transfer.sequence.blocks):
-                    self._finish(transfer)
+            if transfer.phase is Phase.COMPUTING and transfer.outgoing is not None:
+                transfer.outgoing.push()
+                if transfer.first_tokens and transfer.outgoing.complete:
+                    self._finish(transfer, transfer.outgoing)
 
-    def _push_blocks(self, transfer: Transfer) -> None:
-        sequence, size = transfer.sequence, self._pool.block_size
-        # a block is final when it is full or the prompt ends in it
-        final = sequence.computed // size if sequence.remaining else len(sequence.blocks)
-        first = transfer.pushed
-        # no more at once than may be queued: all of a long prompt can be final in one step, out of the prefix cache
-        final = min(final, first + max(1, self._limits.max_backlog_bytes // self._engine.layout.block_bytes))
-        if final > first:
-            payload = self._engine.store.read(sequence.blocks[first:final])
-            transfer.link.push(transfer.ticket.transfer_id, transfer.generation, first, payload)
-            transfer.pushed = final
-
-    def _finish(self, transfer: Transfer) -> None:
-        sequence = transfer.sequence
+    def _finish(self, transfer: Transfer, outgoing: Outgoing) -> None:
         transfer.phase, transfer.phase_deadline = Phase.SENT, time.monotonic() + self._limits.ack_timeout
-        hashes = sequence.block_hashes(self._pool.block_size, self._fingerprint)
-        transfer.link.finish(
-            transfer.ticket.transfer_id, transfer.generation, len(sequence.token_ids), hashes, transfer.first_tokens
-        )
+        if not failpoint("prefill.finished"):
+            transfer.link.finish(outgoing.manifest(transfer.first_tokens))
 
     # ------------------------------------------------------------------ commands
 
@@ -159,7 +171,8 @@ class PrefillWorker:
             sink(LegUpdate(error=exc))
             return
         transfer = Transfer(leg_id, sequence, ticket, leg.ticket, link, sink, now + leg.timeout)
-        self._transfers[ticket.transfer_id] = self._by_leg[leg_id] = self._by_sequence[sequence] = transfer
+        self._transfers[transfer.id] = self._by_leg[leg_id] = self._by_sequence[sequence] = transfer
+        failpoint("prefill.submitted")
 
     def cancel(self, leg_id: int) -> None:
         transfer = self._by_leg.get(leg_id)
@@ -175,6 +188,11 @@ class PrefillWorker:
             )
 
     def _link(self, incarnation: str, address: str) -> PushLink:
+        """D takes a new link as word that nothing of the former one is in flight (rule H3). Raises TransferFailed."""
+        lost = self._lost.pop(incarnation, None)
+        if lost is not None and not lost.join(0.0):
+            self._lost[incarnation] = lost
+            raise TransferFailed("the broken link to the decode worker still ends; use another pair, or try again")
         link = self._links.get(incarnation)
         if link is None:
             link = self._connect(
@@ -198,6 +216,7 @@ class PrefillWorker:
             case Refuse():
                 self._on_refuse(transfer, message)
             case Ack() if transfer.phase is Phase.SENT and message.generation == transfer.generation:
+                failpoint("prefill.acked")
                 self._end(transfer, None)
             case Abort() if message.generation in (0, transfer.generation):
                 self._end(transfer, TransferFailed(f"the decode worker aborted the hand-off: {message.reason}"))
@@ -205,12 +224,11 @@ class PrefillWorker:
                 log.warning("unexpected %s in phase %s", type(message).__name__, transfer.phase.value)
 
     def _on_grant(self, transfer: Transfer, grant: Grant) -> None:
-        total = blocks_for(len(transfer.sequence.token_ids), self._pool.block_size)
-        if transfer.phase is not Phase.ASKED or grant.first_block + grant.num_blocks != total:
+        if transfer.phase is not Phase.ASKED or not _fits(grant, len(transfer.sequence.token_ids)):
             self._end(transfer, TransferFailed("the decode worker's grant does not fit the prompt"))
             return
-        transfer.phase, transfer.generation = Phase.GRANTED, grant.generation
-        transfer.pushed = grant.first_block
+        transfer.phase, transfer.grant = Phase.GRANTED, grant
+        failpoint("prefill.granted")
 
     def _on_refuse(self, transfer: Transfer, refuse: Refuse) -> None:
         if refuse.later and transfer.phase is Phase.ASKED:
@@ -223,6 +241,7 @@ class PrefillWorker:
         for transfer in [t for t in self._transfers.values() if t.link is link]:
             self._end(transfer, TransferFailed(f"the link to decode worker {transfer.ticket.decode} broke: {reason}"))
         if link is not None:
+            self._lost[incarnation] = link
             link.close()
 
     # ------------------------------------------------------------------ the end of a transfer
@@ -237,22 +256,37 @@ class PrefillWorker:
                 self._end(transfer, TransferFailed(f"no answer from decode worker {transfer.ticket.decode} in time"))
 
     def _end(self, transfer: Transfer, error: TandemError | None) -> None:
-        """The one place where a pin is released: the blocks stay findable as prefix cache."""
-        transfer_id = transfer.ticket.transfer_id
-        del self._transfers[transfer_id], self._by_leg[transfer.leg_id], self._by_sequence[transfer.sequence]
-        self._scheduler.stop(transfer.sequence)
+        """The one end of a transfer. Its blocks are released when nothing of it is in flight: after an Ack, that is
+        now."""
+        del self._transfers[transfer.id], self._by_leg[transfer.leg_id], self._by_sequence[transfer.sequence]
+        self._scheduler.leave(transfer.sequence)
+        transfer.phase = Phase.LEAVING
+        self._leaving.add(transfer)
         if error is None:
+            transfer.link.forget(transfer.id, lambda: self._release(transfer))
             transfer.sink(LegUpdate(stats=transfer.stats()))
             return
-        transfer.link.forget(transfer_id)
-        transfer.link.post(Abort(transfer_id, transfer.generation, error.message))
+        transfer.link.post(Abort(transfer.id, transfer.generation, error.message))
+        failpoint("prefill.aborted")
+        transfer.link.forget(transfer.id, lambda: self.inbox.put(lambda: self._revoke(transfer)))
         transfer.sink(LegUpdate(error=error))
+
+    def _revoke(self, transfer: Transfer) -> None:
+        """Nothing of it is in flight: D may use its blocks for something else, and so may we."""
+        self._release(transfer)
+        transfer.link.post(Released(transfer.id, transfer.generation))
+
+    def _release(self, transfer: Transfer) -> None:
+        """The one place where a pin is released: the blocks stay findable as prefix cache."""
+        self._leaving.discard(transfer)
+        self._pool.release(transfer.sequence.blocks)
+        transfer.sequence.blocks = []
 
     # ------------------------------------------------------------------ for the shell
 
     @property
     def idle(self) -> bool:
-        return not self._transfers
+        return not self._transfers and not self._leaving
 
     def load(self) -> Load:
         waiting = [t for t in self._transfers.values() if t.phase in (Phase.QUEUED, Phase.ASKED, Phase.GRANTED)]
@@ -262,9 +296,18 @@ class PrefillWorker:
     def close(self) -> None:
         for transfer in list(self._transfers.values()):
             self._end(transfer, TransferFailed("this prefill worker is shutting down"))
-        for link in self._links.values():
+        for link in (*self._links.values(), *self._lost.values()):
             link.close()
+            link.join(CLOSE_TIMEOUT)
+        self.inbox.run_pending()
         self._engine.close()
+
+
+def _fits(grant: Grant, num_tokens: int) -> bool:
+    """Whether a grant ends where the prompt does, in D's own block size."""
+    if not grant.block_size or len(grant.targets) not in (0, grant.num_blocks):
+        return False
+    return grant.first_block + grant.num_blocks == blocks_for(num_tokens, grant.block_size)
 
 
 def first_tokens(result: Sampled) -> list[Token]:

@@ -18,6 +18,7 @@ from tandem.common.request import SamplingParams
 from tandem.decode_worker.limits import DecodeLimits
 from tandem.decode_worker.reservation import Phase
 from tandem.engine.batch import Sampled, Scheduled
+from tandem.prefill_worker.outgoing import Outgoing
 from tandem.prefill_worker.transfer import Transfer
 from tandem.prefill_worker.worker import PrefillLimits
 from tests.fakes import expected_output, make_leg, next_token
@@ -47,9 +48,10 @@ def test_a_prompt_goes_over_and_continues(pair: Pair, length: int) -> None:
     assert call.decode.reasons == {0: "length"}
 
 
-def test_a_long_cached_prompt_is_pushed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_cached_prompt_is_copied_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is copied out of P's cache at once is bounded, however much of the prompt is already there."""
     pair = Pair(prefill_limits=PrefillLimits(max_backlog_bytes=3 * 4 * 16))  # three blocks
+    monkeypatch.setattr(pair.p.engine.store, "memory", None)  # as if spread over the ranks of a group
     read, sizes = pair.p.engine.store.read, list[int]()
 
     def counted(blocks: list[int]) -> Tensor:
@@ -69,7 +71,7 @@ def test_a_long_cached_prompt_is_pushed_in_pieces(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_long_prompt_is_computed_in_chunks_and_pushed_while_it_is() -> None:
-    pair = Pair(prefill_limits=PrefillLimits(max_num_batched_tokens=8))
+    pair = Pair(prefill_limits=PrefillLimits(max_num_batched_tokens=8, pipelined_from=0))
     call = pair.request("r", prompt(50), max_tokens=3)
     pair.until(lambda: bool(pair.p.engine.steps))
     pair.until(lambda: bool(pair.d.engine.store.tensor.any()), turn=pair.turn_decode)
@@ -210,7 +212,7 @@ def test_a_prompt_may_wait_for_its_turn_on_p_longer_than_a_lease(monkeypatch: py
 
 def test_a_full_decode_worker_does_not_keep_p_from_serving_another(monkeypatch: pytest.MonkeyPatch) -> None:
     full, other = Pair(decode_blocks=16), Pair()
-    other.d.worker.handoffs._gate = TicketGate(KEY, "decode", "d-2", other.d.engine.layout.fingerprint)
+    other.d.worker.handoffs._gate = TicketGate(KEY, "decode", "d-2", other.d.engine.layout.pairing)
     other.p, pairs = full.p, {"d": full, "d2": other}  # by D's address
     monkeypatch.setattr(full.p.worker, "_connect", lambda address, *rest: pairs[address]._connect(address, *rest))
     full.local("hog", prompt(40, seed=5), max_tokens=20)
@@ -257,7 +259,7 @@ def test_a_large_prompt_is_not_overtaken_on_d() -> None:
 
 @pytest.mark.parametrize("turns", range(14))
 def test_cancel_after_any_number_of_turns_frees_everything(turns: int) -> None:
-    pair = Pair(prefill_limits=PrefillLimits(max_num_batched_tokens=8))
+    pair = Pair(prefill_limits=PrefillLimits(max_num_batched_tokens=8, pipelined_from=0))
     call = pair.request("r", prompt(30), max_tokens=6)
     other = pair.request("other", prompt(12, seed=9), max_tokens=6)
     for _ in range(turns):
@@ -308,9 +310,9 @@ def test_a_reservation_without_progress_ends_with_its_lease() -> None:
 def test_a_manifest_that_disagrees_is_never_decoded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     finish = pair.p.worker._finish
 
-    def lie(transfer: Transfer) -> None:
+    def lie(transfer: Transfer, outgoing: Outgoing) -> None:
         transfer.sequence.hashes[0] = BlockHash(bytes(32))
-        finish(transfer)
+        finish(transfer, outgoing)
 
     monkeypatch.setattr(pair.p.worker, "_finish", lie)
     call = pair.request("r", prompt(12))
@@ -321,9 +323,9 @@ def test_a_manifest_that_disagrees_is_never_decoded(pair: Pair, monkeypatch: pyt
 def test_a_first_token_outside_the_vocabulary_is_never_decoded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     finish = pair.p.worker._finish
 
-    def lie(transfer: Transfer) -> None:
+    def lie(transfer: Transfer, outgoing: Outgoing) -> None:
         transfer.first_tokens = (1 << 40,)  # no block hash could be computed over it
-        finish(transfer)
+        finish(transfer, outgoing)
 
     monkeypatch.setattr(pair.p.worker, "_finish", lie)
     call = pair.request("r", prompt(7))
@@ -347,7 +349,7 @@ def test_a_manifest_without_a_grant_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"decode_incarnation": "d-0", "prefill_incarnation": "p-0"}, {"fingerprint": b"another layout"}],
+    [{"decode_incarnation": "d-0", "prefill_incarnation": "p-0"}, {"pairing": b"another layout"}],
 )
 def test_tickets_for_others_are_refused(pair: Pair, changes: dict[str, Any]) -> None:
     call = pair.request("r", prompt(8))

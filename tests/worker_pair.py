@@ -14,8 +14,9 @@ from tandem.decode_worker.limits import DecodeLimits
 from tandem.decode_worker.worker import DecodeWorker
 from tandem.engine.block_pool import BlockPool
 from tandem.kv_transfer.context import Context
-from tandem.kv_transfer.inproc import InprocChannel, InprocReceiver, InprocSender, channel_pair
+from tandem.kv_transfer.inproc import InprocChannel, channel_pair
 from tandem.kv_transfer.land import LandLink
+from tandem.kv_transfer.negotiation import NegotiatedReceiver, NegotiatedSender
 from tandem.kv_transfer.push import PushLink
 from tandem.prefill_worker.worker import PrefillLimits, PrefillWorker
 from tests.fakes import Client, FakeEngine, make_leg
@@ -51,22 +52,23 @@ class Pair:
         decode_blocks: int = 64,
         prefill_limits: PrefillLimits | None = None,
         decode_limits: DecodeLimits | None = None,
+        connector: str = "inproc",
+        block_sizes: tuple[int, int] = (4, 4),  # of P and of D
     ) -> None:
-        self.d = self._decode(decode_blocks, decode_limits or DecodeLimits())
-        self.p = self._prefill(prefill_blocks, prefill_limits or PrefillLimits())
+        self._connector = connector
+        self.d = self._decode(FakeEngine(decode_blocks, block_sizes[1]), decode_limits or DecodeLimits())
+        self.p = self._prefill(FakeEngine(prefill_blocks, block_sizes[0]), prefill_limits or PrefillLimits())
         self._legs = 0
         self.channels: list[InprocChannel] = []
 
-    def _decode(self, blocks: int, limits: DecodeLimits) -> Decode:
-        engine = FakeEngine(blocks)
-        pool = BlockPool(blocks, engine.layout.block_size)
-        gate = TicketGate(KEY, "decode", "d-1", engine.layout.fingerprint)
+    def _decode(self, engine: FakeEngine, limits: DecodeLimits) -> Decode:
+        pool = BlockPool(engine.num_blocks, engine.layout.block_size)
+        gate = TicketGate(KEY, "decode", "d-1", engine.layout.pairing)
         return Decode("d-1", engine, pool, DecodeWorker(engine, pool, gate, limits))  # pyright: ignore[reportArgumentType]
 
-    def _prefill(self, blocks: int, limits: PrefillLimits) -> Prefill:
-        engine = FakeEngine(blocks)
-        pool = BlockPool(blocks, engine.layout.block_size)
-        gate = TicketGate(KEY, "prefill", "p-1", engine.layout.fingerprint)
+    def _prefill(self, engine: FakeEngine, limits: PrefillLimits) -> Prefill:
+        pool = BlockPool(engine.num_blocks, engine.layout.block_size)
+        gate = TicketGate(KEY, "prefill", "p-1", engine.layout.pairing)
         worker = PrefillWorker(engine, pool, gate, self._connect, limits)  # pyright: ignore[reportArgumentType]
         return Prefill("p-1", engine, pool, worker)
 
@@ -76,15 +78,17 @@ class Pair:
         left, right = channel_pair()
         self.channels.append(left)
         inbox, handoffs = self.d.worker.inbox, self.d.worker.handoffs
+        here, there = _context(left, self.p.engine), _context(right, self.d.engine)
         land = LandLink(
-            right,
-            InprocReceiver(Context(right, self.d.engine.layout, CPU)),
+            there,
+            NegotiatedReceiver(there, [self._connector]),
             on_message=lambda message: inbox.put(lambda: handoffs.on_message(land, message)),
             on_frame=lambda frame, payload: inbox.put(lambda: handoffs.on_frame(land, frame, payload)),
             on_lost=lambda reason: inbox.put(lambda: handoffs.on_lost(land, reason)),
             timeout=5.0,
         )
-        push = PushLink(left, InprocSender(Context(left, self.p.engine.layout, CPU)), on_message, on_lost, 5.0)
+        inbox.put(lambda: handoffs.attached(land, self.p.incarnation))
+        push = PushLink(here, NegotiatedSender(here, [self._connector]), on_message, on_lost, 5.0)
         land.open()
         push.open()
         self.d.links.append(land)
@@ -97,7 +101,7 @@ class Pair:
         fields: dict[str, object] = dict(
             request_id=request_id, attempt=1, transfer_id=new_transfer_id(), prefill="prefill-0",
             prefill_incarnation="p-1", decode="decode-0", decode_incarnation="d-1",
-            fingerprint=self.p.engine.layout.fingerprint, timeout=timeout,
+            pairing=self.p.engine.layout.pairing, timeout=timeout,
         )  # fmt: skip
         return Ticket(**(fields | changes)).seal(KEY)  # pyright: ignore[reportArgumentType]
 
@@ -165,6 +169,10 @@ class Pair:
         for link in (*self.p.links, *self.d.links):
             link.close()
             assert link.join(5.0)
+
+
+def _context(channel: InprocChannel, engine: FakeEngine) -> Context:
+    return Context(channel, engine.layout, CPU, memory=engine.store.memory, fd=engine.store.fd)
 
 
 class Call:

@@ -1,0 +1,46 @@
+"""The heartbeats of all links of one worker, on a thread of their own: no forward step, however long, delays them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+INTERVAL = 0.5  # seconds; a tenth of what a peer may be silent (link.py › SILENCE)
+
+
+class Beating(Protocol):
+    def beat(self) -> bool:
+        """False: over, ask no more."""
+        ...
+
+
+class Heart:
+    """Beats while `alive()`: a worker whose loop stands still must not keep its peers waiting (rule H10)."""
+
+    def __init__(self) -> None:
+        self._links: list[Beating] = []
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def start(self, alive: Callable[[], bool]) -> None:
+        threading.Thread(target=self._run, args=(alive,), name="heart", daemon=True).start()
+
+    def add(self, link: Beating) -> None:
+        with self._lock:
+            self._links.append(link)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _run(self, alive: Callable[[], bool]) -> None:
+        while not self._stop.wait(INTERVAL):
+            if alive():
+                self._beat()
+
+    def _beat(self) -> None:
+        with self._lock:
+            links = list(self._links)
+        ended = [link for link in links if not link.beat()]
+        with self._lock:
+            self._links = [link for link in self._links if link not in ended]
