@@ -8,10 +8,12 @@ RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 ARGS ?=
 
-.PHONY: help install serve test check lint types imports size generated docs proto format bench clean
+.PHONY: help install serve test test-faults soak check lint types imports size generated docs proto format bench clean
 help:
 	@echo "make serve [ARGS='MODEL --prefill 1 --decode 2']   set up and serve (the demo model when none is named)"
 	@echo "make test  [ARGS='-k name']                        set up and run the tests"
+	@echo "make test-faults                                   kill, cut, corrupt and overload a cluster; ten minutes"
+	@echo "make soak  [ARGS='--minutes 60']                   a fault every half minute, for as long as you like"
 	@echo "make check                                         lint, format, types, import contracts, size, protobuf"
 	@echo "make install | format | proto | docs | bench [ARGS=…] | clean"
 
@@ -33,7 +35,13 @@ serve: $(RUNTIME)
 	@exec $(BIN)/tandem serve $(ARGS)
 
 test: $(DEV)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --ignore tests/faults $(ARGS)
+
+test-faults: $(DEV)
+	$(BIN)/pytest tests/faults $(ARGS)
+
+soak: $(DEV)
+	$(BIN)/python tests/faults/soak.py $(ARGS)
 
 check: lint types imports size generated
 

@@ -20,6 +20,8 @@ app = typer.Typer(
 
 Url = Annotated[str, typer.Option(help="Where the API answers.", envvar="TANDEM_URL")]
 ApiKey = Annotated[str | None, typer.Option(help="If the server asks for one.", envvar="TANDEM_API_KEY")]
+RayAddress = Annotated[str | None, typer.Option(help="Instead of --url: the Ray the cluster runs on.")]
+ClusterName = Annotated[str, typer.Option(help="… and its name there.", envvar="TANDEM_CLUSTER")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
@@ -86,14 +88,55 @@ def status(
 def scale(
     sizes: Annotated[list[str], typer.Argument(help="prefill=N and/or decode=M", metavar="ROLE=N…")],
     url: Url = DEFAULT_URL,
-    ray_address: Annotated[str | None, typer.Option(help="Instead of --url: the Ray the cluster runs on.")] = None,
-    cluster: Annotated[str, typer.Option(help="… and its name there.", envvar="TANDEM_CLUSTER")] = "default",
+    ray_address: RayAddress = None,
+    cluster: ClusterName = "default",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be done.", min=0.0)] = 300.0,
 ) -> None:
     """Grow or shrink the pools of a running cluster; workers that leave finish their requests first."""
     from tandem.cluster.scale import Target, parse_sizes, scale
 
     scale(parse_sizes(sizes), Target(url, ray_address, cluster), timeout)
+
+
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="Its name, as `tandem status` shows it.", metavar="WORKER")],
+    url: Url = DEFAULT_URL,
+    ray_address: RayAddress = None,
+    cluster: ClusterName = "default",
+    timeout: Annotated[
+        float, typer.Option(help="Seconds its requests get; what then still runs goes on elsewhere.", min=0.0)
+    ] = 120.0,
+) -> None:
+    """Let one worker finish its requests and leave. Another one takes its place: the pool keeps its size."""
+    from tandem.cluster.scale import Target, drain
+
+    drain(worker, Target(url, ray_address, cluster), timeout)
+
+
+@app.command()
+def restart(
+    url: Url = DEFAULT_URL,
+    ray_address: RayAddress = None,
+    cluster: ClusterName = "default",
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be done.", min=0.0)] = 3600.0,
+) -> None:
+    """Replace every worker, one after the other, without failing a request. A pool of one needs room for a second."""
+    from tandem.cluster.scale import Target, restart
+
+    restart(Target(url, ray_address, cluster), timeout)
+
+
+@app.command("fault-proxy")
+def fault_proxy(
+    to: Annotated[str, typer.Option(help="Where connections go on.", metavar="HOST:PORT")],
+    listen: Annotated[int, typer.Option(help="Port of 127.0.0.1; 0: any free one.", min=0, max=65535)] = 0,
+    seed: Annotated[int, typer.Option(help="Of what happens by chance.")] = 0,
+) -> None:
+    """A TCP proxy that is a bad network, for tests. Lines on stdin say how: up delay=0.1; both drop; heal."""
+    from tandem.cluster.fault_proxy import run
+
+    run(to, listen, seed)
 
 
 def main() -> None:

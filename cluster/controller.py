@@ -6,7 +6,9 @@ A slot is a worker's name and whatever runs under it at the moment:
       ▲           │          │           │
       └─ backoff ◄┴──────────┘           └─► (dead while draining: slot removed)
 
-Invariant after every step: per role, slots that are not leaving = wanted.
+Invariant after every step: per role, slots that are not leaving = wanted, and one more while a pool of one worker
+waits for the successor of a worker that is to leave. So whoever is drained is replaced, and a rolling restart is: mark
+every worker as outdated; whenever all are ready, drain one that is.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ SlotPhase = Literal["loading", "ready", "draining", "backoff"]
 
 STABLE_AFTER = 60.0  # seconds of being ready that make earlier failures forgotten
 MAX_BACKOFF = 30.0  # seconds
+STOP_GRACE = 10.0  # seconds a drained worker gets to end what it gave up, and itself
 
 
 class Handle(Protocol):
@@ -32,7 +35,9 @@ class Handle(Protocol):
         """What it last said; None while there is nothing new. `failed` also means: dead, or it does not answer."""
         ...
 
-    def drain(self) -> None: ...
+    def drain(self, timeout: float) -> None:
+        """Finish within `timeout` seconds what runs, give the rest up, stop."""
+        ...
 
     def stop(self) -> None: ...
 
@@ -53,6 +58,7 @@ class WorkerView:
     report: Report
     failures: int  # in a row
     detail: str  # why it failed last
+    outdated: bool = False  # a rolling restart will replace it
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +68,8 @@ class ClusterView:
 
     @property
     def settled(self) -> bool:
-        """Every wanted worker is ready and nothing else is left."""
-        ready = all(worker.phase == "ready" for worker in self.workers)
+        """Every wanted worker is ready, none is to be replaced, and nothing else is left."""
+        ready = all(worker.phase == "ready" and not worker.outdated for worker in self.workers)
         return ready and len(self.workers) == sum(self.wanted.values())
 
     @property
@@ -83,6 +89,7 @@ class _Slot:
     report: Report = field(default_factory=lambda: Report("loading"))
     failures: int = 0
     detail: str = ""
+    outdated: bool = False  # what runs under it is to be replaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +112,29 @@ class Controller:
         """Roles that are not named keep their size."""
         self._wanted.update(wanted)
 
+    def drain(self, name: str, timeout: float, now: float) -> bool:
+        """Let the ready worker `name` leave, its successor starts at once. False: there is no such worker."""
+        slot = next((slot for slot in self._slots if slot.name == name and slot.phase == "ready"), None)
+        if slot is not None:
+            self._drain(slot, now, timeout)
+        return slot is not None
+
+    def restart(self) -> None:
+        """Replace every worker that runs now, one at a time, while the pools stay whole."""
+        for slot in self._slots:
+            slot.outdated = slot.handle is not None and slot.phase != "draining"
+
     def step(self, now: float) -> None:
         """Look at every worker once and start, restart or drain what the wanted sizes ask for."""
         for slot in list(self._slots):
             self._advance(slot, now)
-        for role, count in self._wanted.items():
-            self._resize(role, count, now)
+        self._roll(now)
+        for role in self._wanted:
+            self._resize(role, now)
 
     def view(self) -> ClusterView:
         workers = sorted(self._slots, key=lambda slot: (slot.role != "prefill", slot.born))
-        views = (WorkerView(s.name, s.role, s.phase, s.report, s.failures, s.detail) for s in workers)
+        views = (WorkerView(s.name, s.role, s.phase, s.report, s.failures, s.detail, s.outdated) for s in workers)
         return ClusterView(dict(self._wanted), tuple(views))
 
     def stop(self, now: float, grace: float) -> None:
@@ -133,8 +153,22 @@ class Controller:
                 slot.handle.kill()
         self._slots.clear()
 
-    def _resize(self, role: Role, count: int, now: float) -> None:
-        staying = [slot for slot in self._slots if slot.role == role and slot.phase != "draining"]
+    def _next_outdated(self) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.outdated and slot.phase != "draining"), None)
+
+    def _staying(self, role: Role) -> list[_Slot]:
+        return [slot for slot in self._slots if slot.role == role and slot.phase != "draining"]
+
+    def _roll(self, now: float) -> None:
+        """Drain the next outdated worker, if all are ready and its pool has another one for the requests."""
+        slot = self._next_outdated()
+        if slot is not None and len(self._staying(slot.role)) > 1 and all(s.phase == "ready" for s in self._slots):
+            self._drain(slot, now, self._limits.drain)
+
+    def _resize(self, role: Role, now: float) -> None:
+        outdated, staying = self._next_outdated(), self._staying(role)
+        alone = self._wanted[role] == 1 and outdated is not None and outdated.role == role
+        count = self._wanted[role] + alone  # the only worker of a pool leaves when its successor is ready
         for _ in range(count - len(staying)):
             slot = _Slot(self._free_name(role), role, next(self._births))
             self._slots.append(slot)
@@ -153,7 +187,7 @@ class Controller:
         except RuntimeError as exc:
             self._fail(slot, now, str(exc))
             return
-        slot.report = Report("loading")
+        slot.report, slot.outdated = Report("loading"), False
         self._enter(slot, "loading", now, self._limits.startup)
 
     def _advance(self, slot: _Slot, now: float) -> None:
@@ -166,6 +200,8 @@ class Controller:
             self._lost(slot, now, report.error or "it stopped")
         elif report.phase == "ready" and slot.phase == "loading":
             self._enter(slot, "ready", now, STABLE_AFTER)
+        elif report.phase in ("draining", "stopping") and slot.phase == "ready":  # its process got a SIGTERM
+            self._enter(slot, "draining", now, self._limits.drain + STOP_GRACE)
         elif now >= slot.until:
             self._expire(slot, now)
 
@@ -181,11 +217,15 @@ class Controller:
         if slot.handle is None:
             self._slots.remove(slot)
         elif slot.phase == "ready":
-            slot.handle.drain()
-            self._enter(slot, "draining", now, self._limits.drain)
+            self._drain(slot, now, self._limits.drain)
         else:  # it has no requests yet
             slot.handle.kill()
             self._slots.remove(slot)
+
+    def _drain(self, slot: _Slot, now: float, timeout: float) -> None:
+        assert slot.handle is not None, "only what is ready is drained"
+        slot.handle.drain(timeout)
+        self._enter(slot, "draining", now, timeout + STOP_GRACE)
 
     def _lost(self, slot: _Slot, now: float, why: str) -> None:
         if slot.handle is not None:

@@ -25,6 +25,10 @@ class LocalRedis:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait(self, timeout: float = 5.0) -> None:
         """Until it answers PING. Raises ConfigError."""
         deadline = time.monotonic() + timeout

@@ -99,6 +99,9 @@ class RouterFlags(ModelFlags):
     request_timeout: Annotated[float, _flag("Seconds a request may take in all.", min=0.1)] = 600.0
     max_num_queued_reqs: Annotated[int, _flag("Requests that may wait; more get 503.", min=1)] = 512
     max_num_queued_tokens: Annotated[int, _flag("… and their prompt tokens.", min=1)] = 1 << 20
+    max_queue_wait: Annotated[float, _flag("Seconds a new request may expect to wait; beyond it, 503.", min=0.1)] = 60.0
+    queue_timeout: Annotated[float, _flag("Seconds after which a request without a token gets 503.", min=0.1)] = 300.0
+    migration_limit: Annotated[int, _flag("Attempts of one request, on whichever workers.", min=1)] = 3
     shutdown_timeout: Annotated[float, _flag("Seconds that streams get to finish after SIGTERM.", min=0)] = 0.0
 
     def router_arguments(self) -> list[tuple[str, str]]:
@@ -109,6 +112,9 @@ class RouterFlags(ModelFlags):
             ("--request-timeout", str(self.request_timeout)),
             ("--max-num-queued-reqs", str(self.max_num_queued_reqs)),
             ("--max-num-queued-tokens", str(self.max_num_queued_tokens)),
+            ("--max-queue-wait", str(self.max_queue_wait)),
+            ("--queue-timeout", str(self.queue_timeout)),
+            ("--migration-limit", str(self.migration_limit)),
             ("--shutdown-timeout", str(self.shutdown_timeout)),
         ]
 
@@ -171,7 +177,9 @@ class ServeOptions(RouterFlags, EngineFlags, ClusterFlags):
     ] = None
     dashboard: Annotated[bool, _flag("Ray's dashboard.", "--dashboard/--no-dashboard")] = True
     startup_timeout: Annotated[float, _flag("Seconds a worker may take to load.", min=1)] = 600.0
-    drain_timeout: Annotated[float, _flag("Seconds a leaving worker may take to finish its requests.", min=0)] = 120.0
+    drain_timeout: Annotated[
+        float, _flag("Seconds a leaving worker may take to finish its requests; then others go on with them.", min=0)
+    ] = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +195,7 @@ class WorkerOptions(ModelFlags, EngineFlags, ClusterFlags):
     ] = None
     host: Annotated[str, _flag("Address its peers reach it at; it listens there.", envvar="TANDEM_HOST")] = "127.0.0.1"
     port: Annotated[int, _flag("Its gRPC port. 0: any free one.", min=0, max=65535)] = 0
+    drain_timeout: Annotated[float, _flag("Seconds its requests get to finish after SIGTERM.", min=0)] = 120.0
 
 
 def command(app: typer.Typer, options: type[_Options]) -> Callable[[Callable[[_Options], None]], Callable[..., None]]:

@@ -40,13 +40,26 @@ def launch_spec(options: ServeOptions, directory: str, ray: RaySession, endpoint
         kv_connector=options.kv_connector,
         log_level=options.log_level.value,
         host="127.0.0.1" if ray.nodes == 1 else "",
+        drain_timeout=options.drain_timeout,
+        keeper=os.getpid() if ray.local else 0,
         placement={role: _placement(options, ray, role, gpus) for role in ROLES},
     )
 
 
 def threads_per_worker(options: ServeOptions) -> int:
     """Steps with many tiny operations are steadier on one thread than on cores that another worker uses too."""
-    return max(1, (os.cpu_count() or 1) // max(1, options.prefill + options.decode))
+    return max(1, (os.cpu_count() or 1) // _workers(options))
+
+
+def _workers(options: ServeOptions) -> int:
+    return max(1, options.prefill + options.decode)
+
+
+def _sharing(options: ServeOptions, ray: RaySession, role: Role) -> int:
+    """Workers on one node. Where nodes are made for a role, as on Kubernetes, each has one."""
+    if ray.local:
+        return 0  # `tandem serve` has set the threads of all
+    return 1 if role in ray.resources else math.ceil(_workers(options) / max(1, ray.nodes))
 
 
 def _placement(options: ServeOptions, ray: RaySession, role: Role, gpus: float) -> Placement:
@@ -55,8 +68,8 @@ def _placement(options: ServeOptions, ray: RaySession, role: Role, gpus: float) 
         num_cpus=0.0 if ray.local else 1.0,
         num_gpus=gpus,
         resources={role: 1.0} if role in ray.resources else {},
-        env={} if ray.local else {"OMP_NUM_THREADS": str(threads_per_worker(options))},
         niceness=PREFILL_NICENESS if shares_cores else 0,
+        sharing=_sharing(options, ray, role),
     )
 
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -68,10 +68,35 @@ def adopt_orphans() -> None:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
-def kill_descendants(grace: float = 3.0) -> None:
-    """End whatever this process started, directly or not, and is still there."""
+def runs(process: psutil.Process) -> bool:
+    """Zombies have ended."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def ended(process: psutil.Process) -> bool:
+    """Reaps it, if it has and is a child."""
+    try:
+        process.wait(0)
+    except psutil.TimeoutExpired:
+        return False
+    return True
+
+
+def family(process: psutil.Process) -> list[int]:
+    """The pids of the process and of whatever it started, directly or not, and is still there."""
+    try:
+        return [process.pid, *(child.pid for child in process.children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_descendants(grace: float = 3.0, spare: Collection[int] = ()) -> None:
+    """End whatever this process started, directly or not, and is still there, but for the pids to `spare`."""
     deadline = time.monotonic() + grace
-    while alive := psutil.Process().children(recursive=True):
+    while alive := [child for child in psutil.Process().children(recursive=True) if child.pid not in spare]:
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -16,14 +16,12 @@ from tandem.common.errors import ConfigError
 # Ray reserves shared memory for objects; ours hold views of a few kilobytes.
 _OBJECT_STORE_BYTES = 80 << 20
 
+_AUTH_MODE = "RAY_AUTH_MODE"
+_OTHER_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # despite its name: "0" makes Ray listen on 127.0.0.1 only
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",  # Ray's default for new clusters, said outright to spare its warning
+    _AUTH_MODE: "token",  # Ray's default for new clusters, said outright to spare its warning
     "RAY_DEDUP_LOGS": "0",
-}
-_LOCAL = {
-    # Despite its name: no other machine joins, so everything listens on 127.0.0.1 only.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
@@ -42,11 +40,22 @@ def namespace(cluster: str) -> str:
 
 
 def prepare(address: str | None) -> None:
-    """Set Ray's environment, which it reads when it is imported: call this before anything imports Ray."""
+    """Set Ray's environment, which it reads when it is imported: call this before anything imports Ray.
+
+    Raises ConfigError for a Ray that other machines reach and that asks for no token: whoever speaks to it may run
+    code in it.
+    """
     local = address is None or address.startswith("127.0.0.1:")
     plain = {} if sys.stdout.isatty() else {"RAY_COLOR_PREFIX": "0"}
-    for name, value in (_QUIET | plain | (_LOCAL if local else {})).items():
-        os.environ.setdefault(name, value)  # the user's own settings win
+    for name, value in (_QUIET | plain | ({_OTHER_NODES: "0"} if local else {})).items():
+        os.environ.setdefault(name, value)  # the user's own settings win …
+    alone = local and os.environ[_OTHER_NODES] == "0"
+    mode = os.environ[_AUTH_MODE]
+    if not alone and mode.lower() != "token":  # … but for this one
+        raise ConfigError(
+            f"{_AUTH_MODE}={mode} leaves Ray at {address or 'all addresses'} open to every machine that reaches it; "
+            f"set {_AUTH_MODE}=token there and here, and the same RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        )
 
 
 def start(directory: Path, namespace: str, processes: int, dashboard: bool) -> RaySession:

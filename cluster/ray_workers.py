@@ -30,8 +30,8 @@ class Placement:
     num_cpus: float = 0.0
     num_gpus: float = 0.0
     resources: Mapping[str, float] = field(default_factory=dict[str, float])
-    env: Mapping[str, str] = field(default_factory=dict[str, str])
     niceness: int = 0
+    sharing: int = 0  # workers that divide a node's cores; 0: OMP_NUM_THREADS is set for all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,8 @@ class LaunchSpec:
     kv_connector: str
     log_level: str
     host: str  # what workers listen on; empty: the address of their node
+    drain_timeout: float = 120.0  # seconds
+    keeper: int = 0  # process without which local workers end
     placement: Mapping[Role, Placement]
 
     def worker(self, name: str, role: Role) -> WorkerConfig:
@@ -89,8 +91,8 @@ class RayHandle:
             return Report("failed", error=f"no answer for {ANSWER_WITHIN:.0f} s")
         return None
 
-    def drain(self) -> None:
-        self._actor.drain.remote()
+    def drain(self, timeout: float) -> None:
+        self._actor.drain.remote(timeout)
 
     def stop(self) -> None:
         self._actor.stop.remote()
@@ -122,9 +124,7 @@ class RayLauncher:
             "max_restarts": 0,  # the controller restarts, with a new incarnation
             "max_concurrency": 2,  # a report must not wait behind another call
         }
-        if place.env:  # a runtime env costs Ray a fresh process, so only where the environment is not inherited
-            options["runtime_env"] = {"env_vars": dict(place.env)}
-        host = HostOptions(spec.log_level, place.niceness)
+        host = HostOptions(spec.log_level, place.niceness, place.sharing, spec.drain_timeout, spec.keeper)
         return RayHandle(ray_calls.create(actor_class(role), options, spec.worker(name, role), spec.engine, host))
 
 
@@ -149,6 +149,17 @@ class ControllerActor:
         with self._lock:
             self._controller.scale(wanted)
             self._controller.step(time.monotonic())
+            return self._controller.view()
+
+    def drain(self, name: str, timeout: float) -> bool:
+        """False: no worker of that name is ready."""
+        with self._lock:
+            return self._controller.drain(name, timeout, time.monotonic())
+
+    def restart(self) -> ClusterView:
+        """Begin a rolling restart."""
+        with self._lock:
+            self._controller.restart()
             return self._controller.view()
 
     def stop(self, grace: float) -> None:

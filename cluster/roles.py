@@ -67,7 +67,8 @@ def run_worker(role: Role, options: WorkerOptions) -> None:
         if not server.healthy():
             raise WorkerFailed(f"{config.name}: its loop ended; see the log")
     log.info("%s is draining", config.name)
-    server.drain()
+    if not server.drain(options.drain_timeout):
+        log.warning("%s gives up what still runs after %.0f s of draining", config.name, options.drain_timeout)
     server.stop()
 
 

@@ -63,6 +63,10 @@ class RouterProcess:
         return self._process.poll()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def shown(self) -> bool:
         return self._held is None
 

@@ -3,7 +3,8 @@
     check of the model (torch)
     Redis, router ──► Ray with its dashboard ──► controller ──► prefill-0, decode-0, …
 
-Whatever way it ends, nothing stays behind: children die with this process, and orphans become its children.
+Whatever dies meanwhile is started again, a Ray of our own too (handover.py). Whatever way it ends, nothing stays
+behind: children die with this process, and orphans become its children.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tandem.cluster import process
 from tandem.cluster.address import check_free, public_url, reachable_host
 from tandem.cluster.check import Check, Verdict
 from tandem.cluster.controller import ClusterView, Limits
+from tandem.cluster.handover import LocalRay, Outgoing, outlive_ray
 from tandem.cluster.local_redis import LocalRedis
 from tandem.cluster.options import DEMO_NAME, ServeOptions
 from tandem.cluster.router_process import RouterProcess, is_ready, router_command
@@ -33,7 +35,7 @@ from tandem.cluster.run_dir import Record, RunDir
 from tandem.cluster.screen import Screen
 from tandem.common.errors import ConfigError, TandemError, WorkerFailed
 from tandem.common.model_dir import model_name
-from tandem.common.worker_config import KEY_VARIABLE, Role, cluster_key_from_env
+from tandem.common.worker_config import KEY_VARIABLE, cluster_key_from_env
 
 log = logging.getLogger("tandem.cluster")
 
@@ -44,6 +46,7 @@ FETCH_TIMEOUT = 6 * 3600.0  # … and when the hub has to be asked
 HOPELESS = 3  # failures in a row of one worker while the cluster starts
 ANSWER_WITHIN = 20.0  # seconds for the controller
 STOP_GRACE = 4.0  # seconds for the workers to leave in order
+RAY_RETRY = 5.0  # seconds between attempts to start another Ray
 
 
 class Stop(BaseException):
@@ -60,6 +63,7 @@ class _Parts:
     redis: LocalRedis | None = None
     router: RouterProcess | None = None
     ray: Literal["", "starting", "up"] = ""
+    local_ray: LocalRay | None = None
     controller: Any = None  # a Ray actor's handle
 
 
@@ -71,6 +75,11 @@ class Serve:
         self._stopping = False
         self._verdict: Verdict | None = None  # of the check that runs beside the start
         self._start_controller: Callable[[], Any]
+        self._directory = ""  # of the model
+        self._view = ClusterView({"prefill": options.prefill, "decode": options.decode}, ())  # the last one
+        self._outgoing = Outgoing(options.drain_timeout)
+        self._gpus = False  # the workers have some
+        self._ray_retry_at = 0.0
         self._key = cluster_key_from_env() if KEY_VARIABLE in os.environ else secrets.token_bytes(32)
 
     def run(self) -> None:
@@ -80,8 +89,8 @@ class Serve:
         self._catch_signals()
         try:
             with self._screen:
-                directory = self._prepare()
-                dashboard_url = self._start_ray(directory)
+                self._directory = self._prepare()
+                dashboard_url = self._start_ray()
                 self._until_ready()
             self._announce(dashboard_url)
             while not self._stopping:
@@ -135,10 +144,11 @@ class Serve:
         command = router_command(flags, flags, self._redis_url, self._key, flags.prefill)
         self._parts.router = RouterProcess(command, lambda text: self._screen.line(f"(router) {text}"))
 
-    def _start_ray(self, directory: str) -> str:
+    def _start_ray(self) -> str:
         """Ray and the controller, which starts the workers. The dashboard's URL, or ''."""
         from tandem.cluster import ray_session
 
+        outlive_ray()
         ray_session.prepare(self._options.ray_address)  # first: the modules below import Ray
         from tandem.cluster.plan import Endpoint, launch_spec, threads_per_worker
         from tandem.cluster.ray_workers import start_controller
@@ -151,14 +161,15 @@ class Serve:
             os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_worker(options)))
             processes = 1 + options.prefill + options.decode
             session = ray_session.start(parts.run_dir.ray, space, processes, options.dashboard)
+            parts.local_ray = LocalRay()
         else:
             session = ray_session.join(options.ray_address, space, logs=True)
         parts.ray = "up"
         self._catch_signals()  # Ray has put its own handlers in place
-        spec = launch_spec(options, directory, session, Endpoint(self._redis_url, self._key))
+        spec = launch_spec(options, self._directory, session, Endpoint(self._redis_url, self._key))
         limits = Limits(options.startup_timeout, options.drain_timeout)
-        wanted: dict[Role, int] = {"prefill": options.prefill, "decode": options.decode}
-        self._start_controller = lambda: start_controller(spec, wanted, limits)
+        self._gpus = any(place.num_gpus for place in spec.placement.values())
+        self._start_controller = lambda: start_controller(spec, self._view.wanted, limits)
         parts.controller = self._start_controller()
         parts.run_dir.write(Record(os.getpid(), self._url, session.address, space))
         return session.dashboard_url
@@ -195,11 +206,17 @@ class Serve:
         if self._stopping:
             raise Stop
         self._revive()
+        if self._ray_lost and not self._replace_ray():
+            return self._view
         try:
-            return ray_calls.get(self._parts.controller.view.remote(), ANSWER_WITHIN)
+            self._view = ray_calls.get(self._parts.controller.view.remote(), ANSWER_WITHIN)
         except ray_calls.ActorLost as exc:
+            if self._ray_lost:
+                return self._view
             self._screen.step(f"the controller was lost ({exc.message}); starting it and its workers again")
-            return self._restart_controller()
+            self._view = self._restart_controller()
+        self._outgoing.step(self._view.settled or self._gpus, time.monotonic())
+        return self._view
 
     def _restart_controller(self) -> ClusterView:
         """Ray gives a dead actor's name free only after a while. Raises what stands in the way at the deadline."""
@@ -215,6 +232,35 @@ class Serve:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(TICK)
+
+    @property
+    def _ray_lost(self) -> bool:
+        return self._parts.local_ray is not None and not self._parts.local_ray.alive
+
+    def _replace_ray(self) -> bool:
+        """The old workers stay until the new ones are ready; where both do not fit the GPUs, until they have drained.
+
+        Whether another Ray is up; if not, this is to be called again, and the old workers go on. What is left of the
+        old Ray goes first: its controller and its GCS would take the workers for dead, and kill them.
+        """
+        from tandem.cluster import ray_session
+
+        if time.monotonic() < self._ray_retry_at:
+            return False
+        self._ray_retry_at = time.monotonic() + RAY_RETRY
+        self._screen.step("Ray died; its workers go on while another one is started")
+        children = [self._parts.redis, self._parts.router, self._parts.reaper]
+        self._outgoing.add(self._view)
+        self._view = replace(self._view, workers=())
+        own = [child.pid for child in children if child is not None]
+        process.kill_descendants(spare=[*own, *self._outgoing.family])
+        try:
+            ray_session.stop()
+            self._start_ray()
+        except Exception as exc:  # Ray has no class of its own for a start that fails
+            self._screen.step(f"Ray did not start: {exc}; trying again in {RAY_RETRY:.0f} s")
+            return False
+        return True
 
     def _revive(self) -> None:
         redis, router = self._parts.redis, self._parts.router

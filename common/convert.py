@@ -111,6 +111,7 @@ def description_to_proto(description: Description) -> pb.Description:
         incarnation=description.incarnation,
         model=description.model,
         fingerprint=description.fingerprint,
+        pairing=description.pairing,
         block_size=description.block_size,
         max_model_len=description.max_model_len,
         max_num_seqs=description.max_num_seqs,
@@ -122,8 +123,10 @@ def description_from_proto(message: pb.Description) -> Description:
     """Raises WorkerFailed."""
     if message.role not in ROLES:
         raise WorkerFailed(f"worker {message.name!r} says its role is {message.role!r}")
-    if not message.name or not message.incarnation or len(message.fingerprint) != HASH_BYTES:
-        raise WorkerFailed(f"worker {message.name!r} described itself without a name, incarnation or fingerprint")
+    if not message.name or not message.incarnation:
+        raise WorkerFailed(f"worker {message.name!r} described itself without a name or incarnation")
+    if len(message.fingerprint) != HASH_BYTES or len(message.pairing) != HASH_BYTES:
+        raise WorkerFailed(f"worker {message.name!r} described itself without the fingerprint or pairing of its KV")
     if not (message.block_size and message.max_model_len and message.max_num_seqs):
         raise WorkerFailed(f"worker {message.name!r} says that it can hold no tokens")
     return Description(
@@ -132,6 +135,7 @@ def description_from_proto(message: pb.Description) -> Description:
         incarnation=message.incarnation,
         model=message.model,
         fingerprint=message.fingerprint,
+        pairing=message.pairing,
         block_size=message.block_size,
         max_model_len=message.max_model_len,
         max_num_seqs=message.max_num_seqs,

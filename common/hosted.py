@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from tandem.common.errors import ConfigError
 
 log = logging.getLogger("tandem.worker")
 
+KEEPER_INTERVAL = 2.0  # seconds between looks at the keeper
 Phase = Literal["loading", "ready", "draining", "stopping", "stopped", "failed"]
+_ORDER: dict[Phase, int] = {"loading": 0, "failed": 1, "ready": 1, "draining": 2, "stopping": 3, "stopped": 4}
 OnProgress = Callable[[int, int], None]  # bytes of weights read, bytes in all
 
 
@@ -32,17 +36,22 @@ class Server(Protocol):
 
     def healthy(self) -> bool: ...
 
-    def drain(self) -> None:
-        """Take no new work; return when the running work ended or was given up."""
+    def drain(self, timeout: float) -> bool:
+        """Take no new work; return when the running work ended, or after `timeout` seconds: whether it all ended."""
         ...
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """End at once; work still running ends with an error that says it may be tried elsewhere."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class HostOptions:
     log_level: str = "info"
     niceness: int = 0  # added to the process's; prefill yields to decode where they share cores
+    sharing: int = 0  # workers that divide this machine's cores between them; 0: OMP_NUM_THREADS is set already
+    drain_timeout: float = 120.0  # seconds running work gets after a SIGTERM
+    keeper: int = 0  # a process of this machine without which the worker has no use; 0: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +69,17 @@ class Report:
 
 
 class HostedWorker:
-    """One server's life. Phases only go forward: loading → ready → draining → stopping → stopped, or → failed."""
+    """One server's life. Phases only go forward: loading → ready → draining → stopping → stopped, or → failed.
+
+    Whoever moves it into a phase does that phase's work, so draining and stopping happen once, whoever asks how often.
+    """
 
     def __init__(self, name: str, start: Callable[[OnProgress], Server], options: HostOptions) -> None:
         logs.configure(options.log_level)
         os.nice(options.niceness)
-        self._name = name
+        if options.sharing:  # before torch is imported, which reads it once
+            os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // options.sharing))
+        self._name, self._options = name, options
         self._start = start
         self._lock = threading.Lock()
         self._server: Server | None = None
@@ -82,7 +96,7 @@ class HostedWorker:
         with self._lock:
             server, phase, error = self._server, self._phase, self._error
         if phase in ("ready", "draining") and server is not None and not server.healthy():
-            phase, error = "failed", RuntimeError("the worker's loop ended; its log says why")
+            phase, error = "failed", RuntimeError("a loop of the worker ended or stands still; its log says why")
         loaded, total = self._progress
         return Report(
             phase=phase,
@@ -95,17 +109,48 @@ class HostedWorker:
             permanent=isinstance(error, ConfigError),
         )
 
-    def drain(self) -> None:
-        """Finish the running work, then stop."""
-        threading.Thread(target=self._finish, args=(True,), name="drain", daemon=True).start()
+    def drain(self, timeout: float) -> None:
+        """Finish the running work, what still runs after `timeout` seconds is given up; then stop."""
+        threading.Thread(target=self._finish, args=(timeout,), name="drain", daemon=True).start()
 
     def stop(self) -> None:
-        threading.Thread(target=self._finish, args=(False,), name="stop", daemon=True).start()
+        threading.Thread(target=self._finish, args=(None,), name="stop", daemon=True).start()
+
+    def leave_on_sigterm(self) -> None:
+        """From now on SIGTERM means: drain, then end this process with exit code 0; a second one ends it at once.
+
+        Main thread only. Python runs signal handlers between two of its own instructions of the main thread, which may
+        sit in its host's native loop for good; the wakeup socket is written by the C handler itself.
+        """
+        ours, kernels = socket.socketpair()
+        kernels.setblocking(False)
+        signal.signal(signal.SIGTERM, lambda signum, frame: None)
+        signal.set_wakeup_fd(kernels.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._await_sigterm, args=(ours, kernels), name="signals", daemon=True).start()
+
+    def _await_sigterm(self, ours: socket.socket, kernels: socket.socket) -> None:
+        leaving = False
+        while True:
+            signals = [number for number in ours.recv(16) if number == signal.SIGTERM]
+            if len(signals) + leaving > 1:
+                os._exit(128 + signal.SIGTERM)
+            if signals:
+                leaving = True
+                threading.Thread(target=self._leave, name="leave", daemon=True).start()
+
+    def _leave(self) -> None:
+        log.info("%s is draining: SIGTERM", self._name)
+        self._finish(self._options.drain_timeout)
+        self._ended.wait(self._options.drain_timeout)  # somebody else may be draining it
+        logging.shutdown()
+        os._exit(0 if self._phase == "stopped" else 1)
 
     def _live(self) -> None:
         """Loads, then stays: processes the server started die with the thread that started them (PDEATHSIG)."""
         self._load()
-        self._ended.wait()
+        while not self._ended.wait(KEEPER_INTERVAL):
+            if self._options.keeper and not _runs(self._options.keeper):
+                os._exit(1)
 
     def _load(self) -> None:
         try:
@@ -123,16 +168,19 @@ class HostedWorker:
         if late:
             server.stop()
 
-    def _finish(self, drain: bool) -> None:
+    def _finish(self, timeout: float | None) -> None:
+        """Drain for `timeout` seconds at most, None: not at all; then stop."""
         with self._lock:
             server = self._server
-            self._phase = "stopped" if server is None else "draining" if drain else "stopping"
-        if server is None:
-            return
+            if server is None:  # it loads still, or could not
+                self._phase = "stopped"
+                self._ended.set()
+                return
         try:
-            if drain:
-                server.drain()
-                self._set("stopping")
+            if timeout is not None and not self._drained(server, timeout):
+                return
+            if not self._enter("stopping"):
+                return
             server.stop()
         except Exception as exc:
             log.exception("%s did not stop cleanly", self._name)
@@ -140,6 +188,22 @@ class HostedWorker:
         else:
             self._set("stopped")
         self._ended.set()
+
+    def _drained(self, server: Server, timeout: float) -> bool:
+        """Whether the caller is to stop it now; False: somebody else sees to that."""
+        if not self._enter("draining"):
+            return False
+        if not server.drain(timeout) and self._phase == "draining":
+            log.warning("%s gives up what still runs after %.0f s of draining", self._name, timeout)
+        return True
+
+    def _enter(self, phase: Phase) -> bool:
+        """Whether the caller moved it into `phase`; False: somebody did that, or is further on."""
+        with self._lock:
+            if _ORDER[self._phase] >= _ORDER[phase]:
+                return False
+            self._phase = phase
+            return True
 
     def _set(self, phase: Phase, error: BaseException | None = None) -> None:
         with self._lock:
@@ -151,3 +215,13 @@ class HostedWorker:
 
 def _describe(error: BaseException) -> str:
     return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True

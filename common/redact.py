@@ -15,7 +15,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(
             r"""(?ix) (?P<name> (?<![a-z0-9]) (?: [\w-]*[_-] )?
                     (?: api[_-]?key | cluster[_-]?key | secret(?:[_-]?key)? | passwo?r?d | passwd | passphrase
-                      | (?:access|auth|hf|refresh|session)[_-]?token | tandem-auth | authorization )
+                      | (?:access|auth|hf|refresh|session)[_-]?token | authorization )
                     ["']? (?: \s*[=:]\s* | (?<=key)\s+ | (?<=token)\s+ | (?<=password)\s+ ) ["']? )
                 (?! \s | \*\*\* | (?:bearer|basic)\s ) [^\s"',;&)}\]]+""",
         ),

@@ -1,7 +1,11 @@
 """Where workers announce themselves and the router finds them: soft state in Redis.
 
-    tandem:{cluster}:worker:{incarnation}   one worker, JSON, expires unless published again
+    tandem:{cluster}:worker:{incarnation}   one worker: signature in hex, a blank, JSON; expires unless published again
     tandem:{cluster}:workers                set of incarnations, so that finding them scans no foreign keys
+
+The signature is HMAC-SHA-256 over the JSON, by the cluster's key and for its name: who can write to Redis but lacks the
+key can hide workers, not invent them or send the router elsewhere. A registration played again leads to an address
+where the worker has to prove itself anew.
 
 Discovery only: whether a worker lives, and its load, the router learns on its Watch stream. Losing Redis, or all
 it holds, costs nothing but news of workers that start meanwhile.
@@ -10,6 +14,7 @@ it holds, costs nothing but news of workers that start meanwhile.
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 import re
@@ -22,9 +27,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from tandem.common.credentials import derive
 from tandem.common.errors import ConfigError, Overloaded
 from tandem.common.redact import redact
-from tandem.common.worker_config import ROLES, Role
+from tandem.common.worker_config import KEY_VARIABLE, ROLES, Role
 from tandem.common.worker_info import WorkerState
 
 OPERATION_TIMEOUT = 0.5  # seconds
@@ -60,12 +66,13 @@ class Registry:
     operation ends within OPERATION_TIMEOUT or raises RegistryUnavailable.
     """
 
-    def __init__(self, redis_url: str, cluster: str = "default") -> None:
+    def __init__(self, redis_url: str, cluster_key: bytes, cluster: str = "default") -> None:
         if not _CLUSTER.fullmatch(cluster):
             raise ConfigError(f"cluster name {cluster!r} may only have letters, digits and . _ -, at most 64")
         self._where = redact(redis_url)
         self._prefix = f"tandem:{cluster}:worker:"
         self._index = f"tandem:{cluster}:workers"
+        self._key = derive(cluster_key, f"registry {cluster}")
         self._reported: set[str] = set()
         self.corrupt = 0  # values that were ignored so far
         try:
@@ -80,7 +87,7 @@ class Registry:
 
     async def publish(self, registration: Registration, ttl: float = 2.0) -> None:
         """Announce, or announce again; forgotten after `ttl` seconds."""
-        value = json.dumps(asdict(registration))
+        value = _signed(json.dumps(asdict(registration)).encode(), self._key)
         pipeline = self._redis.pipeline(transaction=True)
         pipeline.set(self._prefix + registration.incarnation, value, px=max(1, round(ttl * 1000)))
         pipeline.sadd(self._index, registration.incarnation)
@@ -93,8 +100,8 @@ class Registry:
         await self._within_timeout(pipeline.execute())
 
     async def list(self) -> list[Registration]:
-        """Every worker announced and not expired, ordered by name. Values that are no registration are ignored,
-        counted in `corrupt` and logged once per worker."""
+        """Every worker announced and not expired, ordered by name. Values that no holder of the key wrote as a
+        registration are ignored, counted in `corrupt` and logged once per worker."""
         return await self._within_timeout(self._list())
 
     async def close(self) -> None:
@@ -115,7 +122,7 @@ class Registry:
 
     def _parse(self, incarnation: bytes, value: bytes) -> Registration | None:
         try:
-            registration = _registration(value)
+            registration = _registration(_verified(value, self._key))
             if registration.incarnation.encode() != incarnation:
                 raise ValueError("it names another incarnation than its key")
         except (ValueError, RecursionError) as exc:
@@ -141,11 +148,23 @@ class Registry:
             raise RegistryUnavailable(message, retry_after=1.0) from exc
 
 
-def _registration(value: bytes) -> Registration:
-    """Raises ValueError unless `value` is exactly one registration."""
+def _signed(text: bytes, key: bytes) -> bytes:
+    return hmac.digest(key, text, "sha256").hex().encode() + b" " + text
+
+
+def _verified(value: bytes, key: bytes) -> bytes:
+    """The text in a signed value. Raises ValueError."""
     if len(value) > MAX_VALUE_BYTES:
         raise ValueError(f"it has {len(value)} bytes")
-    data: Any = json.loads(value)
+    text = value.partition(b" ")[2]
+    if not hmac.compare_digest(_signed(text, key), value):
+        raise ValueError(f"no holder of this cluster's key signed it; check that {KEY_VARIABLE} is the same everywhere")
+    return text
+
+
+def _registration(text: bytes) -> Registration:
+    """Raises ValueError unless `text` is exactly one registration."""
+    data: Any = json.loads(text)
     names = [field.name for field in fields(Registration)]
     if not isinstance(data, dict) or sorted(cast(dict[str, Any], data)) != sorted(names):
         raise ValueError(f"it is no object with exactly the keys {', '.join(names)}")

@@ -1,20 +1,20 @@
 """gRPC between the router and the workers, and from P to D: channels, servers, authentication, errors.
 
-Every call proves that its caller holds the cluster key: metadata `tandem-auth` = HMAC-SHA-256(key, "tandem.rpc.v1").
-That keeps strangers and other clusters out of a trusted network; it is no encryption.
-Errors cross as gRPC status + metadata `tandem-code`, so that both sides raise the same class of common/errors.py.
+Every connection is TLS in which both ends prove that they hold the cluster key (common/credentials.py), before either
+sends anything else. Errors cross as gRPC status + metadata `tandem-code`, so that both sides raise the same class of
+common/errors.py.
 """
 
 from __future__ import annotations
 
-import hmac
+import re
 import socket
-from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import grpc
 import grpc.aio
 
+from tandem.common.credentials import HOST_NAME, credentials
 from tandem.common.errors import (
     BY_CODE,
     Cancelled,
@@ -24,12 +24,15 @@ from tandem.common.errors import (
     TandemError,
     WorkerFailed,
 )
+from tandem.common.worker_config import KEY_VARIABLE
 
-MAX_MESSAGE_BYTES = 64 << 20
-MAX_DETAIL_BYTES = 2048  # percent-encoded it must still fit the 8 KiB that gRPC allows for trailing metadata
+MAX_MESSAGE_BYTES = 64 << 20  # a leg with limits.MAX_PROMPT_TOKENS, or every block hash of a large pool
+MAX_METADATA_BYTES = 8 << 10  # of one call
+MAX_STREAMS = 4096  # calls at a time over one connection; more wait, within their deadline
+HANDSHAKE_TIMEOUT_MS = 10_000  # who connects and does not authenticate holds a socket no longer
+MAX_DETAIL_BYTES = 2048  # percent-encoded it must still fit the metadata
 MAX_PARAM_BYTES = 256
 
-AUTH = "tandem-auth"
 CODE = "tandem-code"
 PARAM = "tandem-param-bin"
 RETRY_AFTER = "tandem-retry-after"
@@ -37,6 +40,8 @@ RETRY_AFTER = "tandem-retry-after"
 _COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),  # else refused at random from the other one on
     # A peer whose machine vanished sends no FIN: only an unanswered ping tells.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -48,10 +53,13 @@ _SERVER_OPTIONS = (
     *_COMMON_OPTIONS,
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
     ("grpc.so_reuseport", 0),  # else a second process would silently share a busy port
 )
-_CHANNEL_OPTIONS = (
+_CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     *_COMMON_OPTIONS,
+    ("grpc.ssl_target_name_override", HOST_NAME),
     ("grpc.enable_http_proxy", 0),  # internal traffic never leaves through http_proxy
     ("grpc.use_local_subchannel_pool", 1),  # a channel's back-off is its own
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -65,36 +73,40 @@ _FOREIGN: dict[grpc.StatusCode, type[TandemError]] = {
     grpc.StatusCode.CANCELLED: Cancelled,
     grpc.StatusCode.RESOURCE_EXHAUSTED: InternalError,  # a message over the size limit
     grpc.StatusCode.UNIMPLEMENTED: ConfigError,  # another version, or no worker of ours
-    grpc.StatusCode.UNAUTHENTICATED: ConfigError,
 }
+_NOT_OURS = "TSI_PROTOCOL_FAILURE"  # how a status names a failed proof, and a peer without TLS
+_ADDRESS = re.compile(r"ipv[46]:(\S+): ")
 
 
-def create_server(cluster_key: bytes) -> grpc.aio.Server:
-    """A server that answers only callers with the same key. Call it inside the event loop it will run in."""
-    return grpc.aio.server(interceptors=[_ServerAuth(cluster_key)], options=_SERVER_OPTIONS)
+def create_server() -> grpc.aio.Server:
+    """Call it inside the event loop it will run in, then `bind` it."""
+    return grpc.aio.server(options=_SERVER_OPTIONS)
 
 
 def create_channel(address: str, cluster_key: bytes) -> grpc.aio.Channel:
-    """Connects lazily. `address` is host:port, IPv6 hosts in brackets."""
-    interceptors: list[Any] = [kind(_token(cluster_key)) for kind in _CLIENT_AUTH]
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS, interceptors=interceptors)
+    """Connects lazily, and only to holders of the same key. `address` is host:port, IPv6 hosts in brackets."""
+    return grpc.aio.secure_channel(address, _client_credentials(cluster_key), options=_CHANNEL_OPTIONS)
 
 
 def create_sync_channel(address: str, cluster_key: bytes) -> grpc.Channel:
     """For callers that are threads; otherwise as `create_channel`."""
-    channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-    return grpc.intercept_channel(channel, _SyncAuth(_token(cluster_key)))
+    return grpc.secure_channel(address, _client_credentials(cluster_key), options=_CHANNEL_OPTIONS)
 
 
 def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    """Listen on one address; port 0 takes a free one. Returns the port. Raises ConfigError naming the address."""
+def bind(server: grpc.aio.Server, host: str, port: int, cluster_key: bytes) -> int:
+    """Listen on one address, for holders of the same key; port 0 takes a free one. Returns the port.
+
+    Raises ConfigError naming the address.
+    """
     _probe(host, port)
+    own = credentials(cluster_key)
+    tls = grpc.ssl_server_credentials([(own.private_key, own.certificate)], own.authority, require_client_auth=True)
     try:
-        return server.add_insecure_port(format_address(host, port))
+        return server.add_secure_port(format_address(host, port), tls)
     except RuntimeError as exc:
         raise ConfigError(_cannot_listen(host, port, "it was taken a moment ago")) from exc
 
@@ -124,7 +136,16 @@ def to_error(exc: grpc.RpcError) -> TandemError:
     return cls(details, param=param, retry_after=_seconds(_text(metadata.get(RETRY_AFTER))))
 
 
+def _client_credentials(cluster_key: bytes) -> grpc.ChannelCredentials:
+    own = credentials(cluster_key)
+    return grpc.ssl_channel_credentials(own.authority, own.private_key, own.certificate)
+
+
 def _foreign(status: grpc.StatusCode, details: str) -> TandemError:
+    if _NOT_OURS in details:
+        found = _ADDRESS.search(details)
+        peer = f"the peer at {found[1]}" if found else "the peer"
+        return WorkerFailed(f"{peer} does not hold this cluster's key; check that {KEY_VARIABLE} is the same on both")
     cls = _FOREIGN.get(status, WorkerFailed)
     return cls(f"call to worker failed with {status.name}: {details}")
 
@@ -157,91 +178,3 @@ def _probe(host: str, port: int) -> None:
 
 def _cannot_listen(host: str, port: int, reason: str) -> str:
     return f"cannot listen on {format_address(host, port)}: {reason}; choose another --host or --port"
-
-
-def _token(cluster_key: bytes) -> str:
-    return hmac.digest(cluster_key, b"tandem.rpc.v1", "sha256").hex()
-
-
-class _ServerAuth(grpc.aio.ServerInterceptor):
-    def __init__(self, cluster_key: bytes) -> None:
-        self._token = _token(cluster_key).encode()
-        # As a stream-stream handler it refuses calls of every kind without waiting for a request.
-        self._refuse = grpc.stream_stream_rpc_method_handler(_refuse)
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        metadata: Any = handler_call_details.invocation_metadata
-        given = [value for key, value in metadata or () if key == AUTH]
-        if len(given) == 1 and hmac.compare_digest(_text(given[0]).encode(), self._token):
-            return await continuation(handler_call_details)
-        return self._refuse
-
-
-async def _refuse(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    error = ConfigError("the caller's cluster key is not this worker's; check TANDEM_CLUSTER_KEY on both")
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, error.message, cast(Any, ((CODE, error.code),)))
-
-
-class _ClientAuth:
-    """Adds the token. One subclass per kind of call, because grpc.aio sorts interceptors by their base class."""
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    async def _call(self, continuation: Callable[..., Awaitable[Any]], details: Any, request: Any) -> Any:
-        metadata = grpc.aio.Metadata(*(details.metadata or ()), (AUTH, self._token))
-        return await continuation(details._replace(metadata=metadata), request)
-
-
-class _UnaryUnaryAuth(_ClientAuth, grpc.aio.UnaryUnaryClientInterceptor):  # pyright: ignore[reportMissingTypeArgument]
-    intercept_unary_unary = _ClientAuth._call  # pyright: ignore[reportAssignmentType, reportPrivateUsage]
-
-
-class _UnaryStreamAuth(_ClientAuth, grpc.aio.UnaryStreamClientInterceptor):  # pyright: ignore[reportMissingTypeArgument]
-    intercept_unary_stream = _ClientAuth._call  # pyright: ignore[reportAssignmentType, reportPrivateUsage]
-
-
-class _StreamUnaryAuth(_ClientAuth, grpc.aio.StreamUnaryClientInterceptor):  # pyright: ignore[reportMissingTypeArgument]
-    intercept_stream_unary = _ClientAuth._call  # pyright: ignore[reportAssignmentType, reportPrivateUsage]
-
-
-class _StreamStreamAuth(_ClientAuth, grpc.aio.StreamStreamClientInterceptor):  # pyright: ignore[reportMissingTypeArgument]
-    intercept_stream_stream = _ClientAuth._call  # pyright: ignore[reportAssignmentType, reportPrivateUsage]
-
-
-_CLIENT_AUTH = (_UnaryUnaryAuth, _UnaryStreamAuth, _StreamUnaryAuth, _StreamStreamAuth)
-
-
-class _CallDetails(NamedTuple):
-    """grpc.ClientCallDetails, which cannot be instantiated, with its metadata replaced."""
-
-    method: str
-    timeout: float | None
-    metadata: tuple[tuple[str, str | bytes], ...]
-    credentials: grpc.CallCredentials | None
-    wait_for_ready: bool | None
-    compression: grpc.Compression | None
-
-
-class _SyncAuth(
-    grpc.UnaryUnaryClientInterceptor,  # pyright: ignore[reportMissingTypeArgument]
-    grpc.UnaryStreamClientInterceptor,  # pyright: ignore[reportMissingTypeArgument]
-    grpc.StreamUnaryClientInterceptor,  # pyright: ignore[reportMissingTypeArgument]
-    grpc.StreamStreamClientInterceptor,  # pyright: ignore[reportMissingTypeArgument]
-):
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    def _call(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
-        metadata = (*(details.metadata or ()), (AUTH, self._token))
-        rest = (details.credentials, details.wait_for_ready, details.compression)
-        return continuation(_CallDetails(details.method, details.timeout, metadata, *rest), request)
-
-    intercept_unary_unary = _call  # pyright: ignore[reportAssignmentType]
-    intercept_unary_stream = _call  # pyright: ignore[reportAssignmentType]
-    intercept_stream_unary = _call  # pyright: ignore[reportAssignmentType]
-    intercept_stream_stream = _call  # pyright: ignore[reportAssignmentType]

@@ -38,7 +38,7 @@ HEARTBEAT = 0.5  # seconds between registrations
 START_TIMEOUT = 30.0  # seconds for the server to listen
 MAX_EVENTS = 1000  # a watcher this far behind is cut; it reconnects and gets everything anew
 MAX_DRAIN = 24 * 3600.0  # seconds
-DRAIN_TIMEOUT = 600.0  # seconds; no request lives longer unless the router was told so
+STALLED = 60.0  # seconds; no step of a sound worker takes that long
 Submit = Callable[[int, Sink], None]  # (leg id, sink); runs on the worker's thread
 
 
@@ -59,6 +59,7 @@ def describe(
         incarnation=incarnation,
         model=layout.revision,
         fingerprint=layout.fingerprint,
+        pairing=layout.pairing,
         block_size=layout.block_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -78,7 +79,9 @@ class WorkerShell:
         self._loop_thread = threading.Thread(target=self._loop.run_forever, name="service", daemon=True)
         self._worker_thread = WorkerThread(worker, self._after_step)
         self._drained = threading.Event()
+        self._draining = False  # only the loop thread sets it, and only that admits legs
         self._stopping = False
+        self._last_beat = time.monotonic()
         self._server: grpc.aio.Server | None = None
         self._heartbeat: asyncio.Task[None] | None = None
 
@@ -91,12 +94,26 @@ class WorkerShell:
         self._run(self._listen(add_servicers), START_TIMEOUT)
 
     def healthy(self) -> bool:
-        return self._worker_thread.alive and self._loop_thread.is_alive()
+        """Both threads and the heartbeats are there, and none has stood still for long."""
+        heartbeat = self._heartbeat
+        alive = self._worker_thread.alive and self._loop_thread.is_alive() and not (heartbeat and heartbeat.done())
+        return alive and time.monotonic() - min(self._worker_thread.last_turn, self._last_beat) < STALLED
 
     def drain(self, timeout: float) -> bool:
-        """Take no new leg, finish those that run. Whether everything was finished in time."""
+        """Take no new leg, finish those that run. Whether everything was finished within `timeout` seconds."""
+        if self._stopping:
+            return False
+        self._loop.call_soon_threadsafe(self._refuse_new_legs)
+        deadline = time.monotonic() + timeout
+        while not self._drained.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline or not self.healthy():
+                return False
+        return not self._stopping
+
+    def _refuse_new_legs(self) -> None:
+        """On the loop thread, as admission: what was admitted is in the inbox before the change of state."""
+        self._draining = True
         self._worker.inbox.put(lambda: self._hub.set_state("draining"))
-        return self._drained.wait(timeout) and not self._stopping
 
     def stop(self) -> None:
         """End at once: legs still running end with an error, the registration is withdrawn."""
@@ -113,12 +130,13 @@ class WorkerShell:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
 
     async def _listen(self, add_servicers: AddServicers) -> None:
-        self._server = rpc.create_server(self._config.cluster_key)
+        self._server = rpc.create_server()
         services.add_WorkerServicer_to_server(_WorkerServicer(self), self._server)
         add_servicers(self._server, self)
-        port = rpc.bind(self._server, self._config.host, self._config.port)
+        port = rpc.bind(self._server, self._config.host, self._config.port, self._config.cluster_key)
         self.address = rpc.format_address(self._config.host, port)
-        registry = Registry(self._config.redis_url, self._config.cluster)  # a bad URL fails here, not in the task
+        # A bad URL fails here, not in the task.
+        registry = Registry(self._config.redis_url, self._config.cluster_key, self._config.cluster)
         await self._server.start()
         self._heartbeat = asyncio.create_task(self._register(registry))
 
@@ -137,6 +155,7 @@ class WorkerShell:
         try:
             reachable = True
             while self.healthy():
+                self._last_beat = time.monotonic()
                 try:
                     await registry.publish(self._registration())
                     reachable = True
@@ -156,8 +175,8 @@ class WorkerShell:
         await registry.close()
 
     def _registration(self) -> Registration:
-        about = self.description
-        return Registration(about.name, about.role, about.incarnation, self.address, about.pid, self._hub.state)
+        about, state = self.description, "draining" if self._draining else self._hub.state
+        return Registration(about.name, about.role, about.incarnation, self.address, about.pid, state)
 
     # ------------------------------------------------------------------ on the worker's thread
 
@@ -177,7 +196,7 @@ class WorkerShell:
         try:
             while self.healthy():
                 try:
-                    event = await asyncio.wait_for(events.get(), timeout=2.0)
+                    event = await asyncio.wait_for(events.get(), timeout=1.0)
                 except TimeoutError:
                     continue  # a long step; look whether the worker lives
                 if events.qsize() > MAX_EVENTS:
@@ -190,7 +209,7 @@ class WorkerShell:
         self, leg: Leg, submit: Submit, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.LegUpdate]:
         """The updates of a leg until its end. Leaving early, for whatever reason, cancels it (rule H9)."""
-        if self._hub.state == "draining":
+        if self._draining or self._stopping:
             await rpc.abort(context, Overloaded("this worker is draining; use another", retry_after=1.0))
         loop = asyncio.get_running_loop()
         updates: asyncio.Queue[LegUpdate] = asyncio.Queue()
@@ -226,6 +245,20 @@ def _to_proto(update: LegUpdate) -> pb.LegUpdate:
     return pb.LegUpdate(tokens=[convert.token_to_proto(token) for token in update.tokens], stats=stats)
 
 
+async def incarnation_at(address: str, cluster_key: bytes) -> str:
+    """Who answers there. Raises TandemError when nobody does."""
+    channel = rpc.create_channel(address, cluster_key)
+    try:
+        call: Any = services.WorkerStub(channel).Watch(pb.WatchRequest())
+        async for message in call:
+            return message.description.incarnation
+    except grpc.RpcError as exc:
+        raise rpc.to_error(exc) from exc
+    finally:
+        await channel.close(None)
+    return ""
+
+
 class WorkerServer:
     """A started worker as its host sees it (an actor, a process); methods may be called from any thread."""
 
@@ -248,8 +281,8 @@ class WorkerServer:
     def healthy(self) -> bool:
         return self._shell.healthy()
 
-    def drain(self) -> None:
-        self._shell.drain(DRAIN_TIMEOUT)
+    def drain(self, timeout: float) -> bool:
+        return self._shell.drain(timeout)
 
     def stop(self) -> None:
         self._shell.stop()

@@ -19,7 +19,8 @@ class Description:
     role: Role
     incarnation: str  # random, new at every start
     model: str  # revision
-    fingerprint: bytes  # of the KV layout, 32 bytes
+    fingerprint: bytes  # of the KV layout, 32 bytes; what its block hashes are rooted in
+    pairing: bytes  # 32 bytes; P and D pair when it is equal, whatever their block sizes
     block_size: int  # tokens
     max_model_len: int  # tokens
     max_num_seqs: int

@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
-from tandem.common.errors import InternalError, WorkerFailed
 from tandem.common.request import LegUpdate
 from tandem.common.worker_info import Load
 
@@ -67,30 +67,12 @@ class Worker(Protocol):
         ...
 
 
-class Bulkhead:
-    """A failing step ends the requests in it, not the worker; one that keeps failing is no worker any more."""
-
-    def __init__(self, limit: int = 3) -> None:
-        self._limit = limit
-        self._failures = 0
-
-    def passed(self) -> None:
-        self._failures = 0
-
-    def failed(self, exc: Exception) -> InternalError:
-        """The error to tell the step's requests. Raises `exc` itself when the engine is lost or fails every time."""
-        self._failures += 1
-        if self._failures >= self._limit or isinstance(exc, WorkerFailed):
-            raise exc
-        log.exception("a step failed; its requests end, the worker goes on: %s", exc)
-        return InternalError(f"the engine failed while computing this request ({type(exc).__name__}); try again")
-
-
 class WorkerThread:
     """Runs a worker until stopped; `error` says why it ended by itself."""
 
     def __init__(self, worker: Worker, after_step: Callable[[], None]) -> None:
         self.error: BaseException | None = None
+        self.last_turn = time.monotonic()  # when the loop last came round; one that stands still is not healthy
         self._worker = worker
         self._after_step = after_step
         self._stop = threading.Event()
@@ -112,6 +94,7 @@ class WorkerThread:
         busy = False
         try:
             while not self._stop.is_set():
+                self.last_turn = time.monotonic()
                 self._worker.inbox.run_pending(0.0 if busy else IDLE_WAIT)
                 busy = self._worker.step()
                 self._after_step()

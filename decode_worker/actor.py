@@ -21,6 +21,7 @@ class DecodeActor(HostedWorker):
             return DecodeServer.start(_on_this_node(worker), engine, on_progress)
 
         super().__init__(worker.name, start, options)
+        self.leave_on_sigterm()  # Ray calls the constructor on the main thread
 
 
 def _on_this_node(worker: WorkerConfig) -> WorkerConfig:

@@ -9,13 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
-from typing import Any
 
-import grpc.aio
-
-from tandem.common import convert, rpc
-from tandem.common.proto import tandem_pb2 as pb
-from tandem.common.proto import tandem_pb2_grpc as services
+from tandem.common.errors import TandemError
+from tandem.common.service import incarnation_at
 from tandem.decode_worker.worker import DecodeWorker
 
 log = logging.getLogger("tandem.decode")
@@ -70,19 +66,8 @@ class Undertaker:
             async with asyncio.timeout(ANSWER_WITHIN):
                 _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
                 writer.close()
-                return await self._incarnation_at(peer.address) != peer.incarnation
+                return await incarnation_at(peer.address, self._key) != peer.incarnation
         except ConnectionRefusedError:
             return True
-        except (OSError, ValueError, grpc.aio.AioRpcError):
+        except (OSError, ValueError, TandemError):
             return False  # nobody can say; it may come back
-
-    async def _incarnation_at(self, address: str) -> str:
-        channel = rpc.create_channel(address, self._key)
-        try:
-            call: Any = services.WorkerStub(channel).Watch(pb.WatchRequest())
-            async for message in call:
-                description = convert.event_from_proto(message).description
-                return description.incarnation if description else ""
-            return ""
-        finally:
-            await channel.close(None)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from tandem.common.backlog import Backlog
 from tandem.common.errors import Cancelled, DeadlineExceeded, InternalError, InvalidRequest, TandemError, TransferFailed
+from tandem.common.failpoints import failpoint
 from tandem.common.handoff import TicketGate
 from tandem.common.request import Leg, LegStats, LegUpdate, Token
 from tandem.common.worker_info import Load
-from tandem.common.worker_loop import Bulkhead, Inbox, Sink
+from tandem.common.worker_loop import Inbox, Sink
 from tandem.decode_worker.handoff import Handoffs
 from tandem.decode_worker.limits import DecodeLimits
 from tandem.decode_worker.reservation import Reservation
@@ -22,6 +24,7 @@ from tandem.engine.allocation import blocks_for, publish
 from tandem.engine.batch import Sampled
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.engine import Engine
+from tandem.engine.isolation import Bulkhead
 from tandem.engine.sequence import Sequence, check_tokens
 
 
@@ -54,6 +57,7 @@ class DecodeWorker:
         self._legs: dict[int, RunningLeg] = {}
         self._by_sequence: dict[Sequence, RunningLeg] = {}
         self._bulkhead = Bulkhead()
+        self._backlog = Backlog(limits.max_num_queued_reqs, limits.max_num_queued_tokens)
 
     # ------------------------------------------------------------------ the loop
 
@@ -65,27 +69,23 @@ class DecodeWorker:
         if not scheduled:
             return False
         self._mark_started([item.sequence for item in scheduled])
-        try:
-            sampled = self._engine.forward(scheduled)
-        except Exception as exc:
-            error = self._bulkhead.failed(exc)
-            for leg in {self._by_sequence[item.sequence].leg_id: None for item in scheduled}:
-                self.end(leg, error)
-            return True
-        self._bulkhead.passed()
-        self.scheduler.advance(scheduled)
-        self._publish(sampled)
+        results = self._bulkhead.run(self._engine.forward, scheduled)
+        failpoint("decode.stepped")
+        failed = {result.sequence for result in results if result.error}
+        self.scheduler.advance([item for item in scheduled if item.sequence not in failed])
+        self._publish(results)
+        failpoint("decode.published")
         return True
 
-    def _publish(self, sampled: list[Sampled]) -> None:
-        """Append the new tokens, tell the clients, end what is finished."""
+    def _publish(self, results: list[Sampled]) -> None:
+        """Append the new tokens, tell the clients, end what is finished or failed."""
         touched: dict[int, RunningLeg] = {}
-        for result in sampled:
+        for result in results:
             leg = self._by_sequence.get(result.sequence)
             if leg is None:
                 continue  # a sibling's error ended the leg in this very step
             if result.error:
-                self.end(leg.leg_id, InternalError(result.error))
+                self._fail(leg, result.error)
                 touched.pop(leg.leg_id, None)
                 continue
             touched[leg.leg_id] = leg
@@ -98,6 +98,13 @@ class DecodeWorker:
                 leg.tokens.append(Token(sequence.choices[0], index, token_id, reason, logprobs))
         for leg in touched.values():
             self._flush(leg)
+
+    def _fail(self, leg: RunningLeg, error: str) -> None:
+        """Nobody may find this leg's KV any more, and whoever gets its blocks next must not: a NaN would live on."""
+        blocks = {block for sequence in leg.sequences for block in sequence.blocks}
+        self._pool.forget(blocks)
+        self.end(leg.leg_id, InternalError(error))
+        self._engine.store.zero(self._pool.free_among(blocks))  # what others share stays theirs
 
     def _append(self, leg: RunningLeg, sequence: Sequence, token_id: int) -> None:
         sequence.token_ids.append(token_id)
@@ -155,6 +162,7 @@ class DecodeWorker:
         try:
             check_tokens(sequence.token_ids, self._engine.vocab_size)
             self._check_room(sequence)
+            self._check_queue(sequence)
             if leg.ticket:
                 self.handoffs.expect(leg_id, leg, sequence, sink)
                 return
@@ -194,6 +202,12 @@ class DecodeWorker:
                 "ask for fewer tokens or raise --kv-cache-memory-bytes"
             )
 
+    def _check_queue(self, sequence: Sequence) -> None:
+        """What waits here for its first step is bounded; each leg of it has a deadline. Raises Overloaded."""
+        waiting = self.scheduler.waiting
+        tokens = sum(other.remaining for other in waiting) + self.handoffs.queued_tokens
+        self._backlog.check(len(waiting) + self.handoffs.count, tokens, sequence.remaining)
+
     def _mark_started(self, sequences: list[Sequence]) -> None:
         now = time.monotonic()
         for sequence in sequences:
@@ -201,6 +215,7 @@ class DecodeWorker:
             if not leg.started:
                 leg.started = now
                 leg.cached = leg.cached or sequence.computed
+                self._backlog.left()
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -214,6 +229,7 @@ class DecodeWorker:
         sequence = reservation.sequence
         leg = self._start_leg(reservation.leg_id, sequence, reservation.sink, reservation.deadline)
         leg.started, leg.cached = time.monotonic(), sequence.cached
+        self._backlog.left()
         publish(self._pool, sequence, self._engine.layout.fingerprint)
         self.scheduler.join(sequence)
         for fork, token_id in zip(self._fork(leg, sequence), first_tokens, strict=True):

@@ -28,12 +28,20 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The next token of each of `sequence.choices`, in their order; or, if `error` says why, none."""
+    """The next token of each of `sequence.choices`, in their order; or, if `error` says why, none.
+
+    With an error the sequence is over, and the KV that it computed is good for nothing: it must not be published or
+    sent. A sequence that does not sample in a step has a result only if it failed.
+    """
 
     sequence: Sequence
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprobs | None, ...]
     error: str = ""
+
+    @classmethod
+    def failed(cls, sequence: Sequence, error: str) -> Sampled:
+        return cls(sequence, (), (), error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,9 @@ class BlockPool:
             count[State.QUARANTINED],
         )
 
+    def free_among(self, blocks: Iterable[int]) -> list[int]:
+        return [block for block in blocks if self._state[block] is State.FREE]
+
     def match(self, hashes: Iterable[BlockHash]) -> list[int]:
         """The blocks of the longest contiguous prefix of `hashes` that is here. Takes no reference."""
         found: list[int] = []
@@ -146,6 +149,14 @@ class BlockPool:
                 self._cached[block] = None
                 self._move(block, State.CACHED)
 
+    def forget(self, blocks: Iterable[int]) -> None:
+        """The owned blocks' content is not to be trusted: no later prompt finds it."""
+        for block in blocks:
+            assert self._state[block] is State.OWNED, (
+                f"block {block} is {self._state[block].value}, nobody vouches for it"
+            )
+            self._unpublish(block)
+
     # ------------------------------------------------------------------ reserving, for blocks a peer will fill
 
     def reserve(self, count: int) -> list[int] | None:
@@ -186,12 +197,14 @@ class BlockPool:
     def _evict(self) -> None:
         block = next(iter(self._cached))
         del self._cached[block]
-        block_hash = self._hash[block]
-        assert block_hash is not None, f"cached block {block} has no hash"
-        del self._by_hash[block_hash]
-        self._hash[block] = None
-        self._changed[block_hash] = None
+        self._unpublish(block)
         self._free_block(block)
+
+    def _unpublish(self, block: int) -> None:
+        block_hash, self._hash[block] = self._hash[block], None
+        if block_hash is not None:
+            del self._by_hash[block_hash]
+            self._changed[block_hash] = None
 
     def _free_block(self, block: int) -> None:
         self._free[block] = None

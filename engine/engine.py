@@ -18,13 +18,16 @@ import torch
 from tandem.common.errors import ConfigError, InvalidRequest
 from tandem.engine.batch import Sampled, Scheduled, build_batch
 from tandem.engine.config import EngineConfig
+from tandem.engine.models.transformer import StepOutput
 from tandem.engine.parallel import Command, Followers, ShardedStore
 from tandem.engine.plan import Plan
 from tandem.engine.rank import Rank
 from tandem.engine.runner import pack
-from tandem.engine.sampler import sample
+from tandem.engine.sampler import NOT_FINITE, look, sample
 
 logger = logging.getLogger(__name__)
+
+OnLayers = Callable[[int, int], None]  # (first layer, number of layers)
 
 
 class Engine:
@@ -63,21 +66,33 @@ class Engine:
         return engine
 
     @torch.inference_mode()
-    def forward(self, scheduled: list[Scheduled]) -> list[Sampled]:
-        """Compute one step and sample for the items whose `samples` is true, in their order.
+    def forward(
+        self, scheduled: list[Scheduled], on_layers: OnLayers | None = None, layer_group: int = 1
+    ) -> list[Sampled]:
+        """Compute one step and sample for the items whose `samples` is true. Results are in the order of `scheduled`.
 
-        The sequences are not changed, so a failed step can be repeated. A sequence that cannot be sampled gets a
-        Sampled with `error`; it does not disturb the others. Raises WorkerFailed when a rank is lost.
+        The sequences are not changed, so a failed step, or a part of it, can be repeated (isolation.py). A sequence
+        with hidden states that are not finite, or that cannot be sampled, gets a Sampled with `error`, even if it
+        does not sample in this step; it does not disturb the others. Raises WorkerFailed when a rank is lost.
+
+        `on_layers` is called on this thread each time `layer_group` more layers are computed (the last group may be
+        smaller): the KV of those layers is final for all scheduled tokens. On CUDA it is so in the order of the
+        current stream: read it there, or let another stream wait for an event recorded in the call. Whether a
+        sequence failed is known only behind the last layer. With more ranks than one it is never called: each has
+        only its heads.
         """
         if not scheduled:
             return []
         packed = pack(build_batch(scheduled), self.layout.block_size)
         self._check_tokens(scheduled)
+        after_layer = None
+        if on_layers is not None and self._rank.group.world == 1:
+            after_layer = _grouped(on_layers, layer_group, self.layout.layers)
         with self._followers.together(Command.FORWARD, packed):
-            logits = self._rank.runner.forward(packed)
-        sampled = sample(logits, [item.sequence for item in scheduled if item.samples])
+            output = self._rank.runner.forward(packed, after_layer)
+        results = _results(output, scheduled)
         self._rank.group.check()
-        return sampled
+        return results
 
     def describe(self) -> dict[str, object]:
         """What was loaded and chosen, and why; for people."""
@@ -91,8 +106,9 @@ class Engine:
         }
 
     def close(self) -> None:
-        """End the other ranks. Idempotent."""
+        """End the other ranks; no other process can map the KV cache any more. Idempotent."""
         self._followers.close()
+        self._rank.cache.close()
 
     def _check_tokens(self, scheduled: list[Scheduled]) -> None:
         """An id beyond the vocabulary would read foreign memory or, on CUDA, end the process."""
@@ -110,6 +126,30 @@ class Engine:
         logger.info("KV cache size: %d tokens in %d blocks", tokens, self.num_blocks)
         logger.info("Maximum concurrency for %d tokens per request: %.2fx", self.max_model_len, concurrency)
         logger.info("Attention backend: %s (%s) on %s", self.attention_backend, self.why, self.device)
+
+
+def _results(output: StepOutput, scheduled: list[Scheduled]) -> list[Sampled]:
+    peaks, finite = look(output.logits, output.finite)
+    sampled = iter(sample(output.logits, [item.sequence for item in scheduled if item.samples], peaks))
+    results = list[Sampled]()
+    for item, sound in zip(scheduled, finite, strict=True):
+        result = next(sampled) if item.samples else None
+        if not sound:
+            result = Sampled.failed(item.sequence, NOT_FINITE)
+        if result is not None:
+            results.append(result)
+    return results
+
+
+def _grouped(on_layers: OnLayers, size: int, layers: int) -> Callable[[int], None]:
+    """Calls `on_layers` behind the last layer of each group of `size`."""
+
+    def after_layer(index: int) -> None:
+        count = index % size + 1
+        if count == size or index == layers - 1:
+            on_layers(index + 1 - count, count)
+
+    return after_layer
 
 
 def _fitting_len(plan: Plan, num_blocks: int) -> int:

@@ -2,14 +2,20 @@
 
     tensor  (blocks, layers, 2, kv_heads_local, block_size, head_dim)       2 = key, value; "HND"
 
-A block is one contiguous run of bytes, so a hand-off reads it in one piece; inside, a head's tokens of a block are
-contiguous, which is what attention reads. A layer's view is strided over blocks.
+A block is one contiguous run of bytes, so a hand-off reads it in one piece; so is each of its layers. Inside, a head's
+tokens of a block are contiguous, which is what attention reads. A layer's view is strided over blocks.
+
+On the host the cache is a file in memory, which another process of the same user can map (/proc/PID/fd/N) to move
+blocks without copying them twice. Pages that nobody wrote yet take no memory: a worker's resident size follows its
+use, up to the budget.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+import os
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,26 +34,51 @@ class PagedKVCache:
         self.num_blocks = num_blocks
         local = local_layout(layout, world)
         dtype: torch.dtype = getattr(torch, layout.dtype)
+        size = num_blocks * local.block_bytes
+        self._file = SharedFile.create() if device.type == "cpu" and world == 1 else None
         # (blocks, bytes of this rank's part): moving bytes needs neither the dtype nor its alignment
-        self._rows = _zeros(num_blocks * local.block_bytes, device).view(num_blocks, local.block_bytes)
-        self.tensor = self._rows.view(-1).view(dtype).view(num_blocks, *local.block_shape)
+        self.memory = _zeros(size, device, self._file).view(num_blocks, local.block_bytes)
+        self._layer_bytes = local.layer_bytes
+        self.tensor = self.memory.view(-1).view(dtype).view(num_blocks, *local.block_shape)
         # one layer each: (blocks, 2, kv_heads_local, block_size, head_dim), strided
         self.layers = [self.tensor[:, index] for index in range(layout.layers)]
 
     def read(self, blocks: Sequence[int]) -> Tensor:
         """A copy of the blocks: (len(blocks), local block bytes) uint8 on the cache's device."""
-        return self._rows.index_select(0, self._ids(blocks))
+        return self.memory.index_select(0, self._ids(blocks))
 
-    def write(self, blocks: Sequence[int], payload: Tensor) -> None:
-        """Overwrite the blocks with `payload`, shaped as `read` returns it, from any device."""
-        assert payload.shape == (len(blocks), self._rows.shape[1]), f"payload {payload.shape} for {len(blocks)} blocks"
-        self._rows[self._ids(blocks)] = payload.to(self._rows.device)
+    def write(
+        self, blocks: Sequence[int], payload: Tensor, first_layer: int = 0, num_layers: int | None = None
+    ) -> None:
+        """Overwrite layers of the blocks (all, unless told) with `payload`, (len(blocks), local bytes of the layers)
+        uint8 from any device."""
+        count = self.layout.layers if num_layers is None else num_layers
+        start, size = first_layer * self._layer_bytes, count * self._layer_bytes
+        assert payload.shape == (len(blocks), size), f"payload {payload.shape} for {len(blocks)} blocks of {size} bytes"
+        self.memory[self._ids(blocks), start : start + size] = payload.to(self.memory.device)
 
     def copy(self, source: int, target: int) -> None:
-        self._rows[target] = self._rows[source]
+        self.memory[target] = self.memory[source]
+
+    def zero(self, blocks: Sequence[int]) -> None:
+        self.memory[self._ids(blocks)] = 0
+
+    def fence(self) -> Callable[[], None] | None:
+        """Waits, in any thread, until the device has done what was asked of it so far; None: it has."""
+        return fence(self.memory.device)
+
+    @property
+    def fd(self) -> int | None:
+        """The file behind `memory` while the cache is open; None: memory of this process alone."""
+        return self._file.fd if self._file is not None else None
+
+    def close(self) -> None:
+        """Nobody else can map the cache any more; its tensors stay valid. Idempotent."""
+        if self._file is not None:
+            self._file.close()
 
     def _ids(self, blocks: Sequence[int]) -> Tensor:
-        return torch.tensor(blocks, dtype=torch.int64, device=self._rows.device)
+        return torch.tensor(blocks, dtype=torch.int64, device=self.memory.device)
 
 
 def local_layout(layout: KVLayout, world: int) -> KVLayout:
@@ -55,12 +86,47 @@ def local_layout(layout: KVLayout, world: int) -> KVLayout:
     return replace(layout, kv_heads=layout.kv_heads // world)
 
 
-def _zeros(size: int, device: torch.device) -> Tensor:
-    """`size` zero bytes. On the host from an anonymous mapping: pages nobody wrote yet take no memory, so a worker's
-    resident size follows its use, up to the budget."""
+def fence(device: torch.device) -> Callable[[], None] | None:
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps
+    event.record(torch.cuda.current_stream(device))
+    return event.synchronize
+
+
+class SharedFile:
+    """An unnamed, sparse file in memory, not inherited by child programs; closed with its owner at the latest."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.close = weakref.finalize(self, os.close, fd)  # callable, once
+
+    @classmethod
+    def create(cls) -> SharedFile | None:
+        """None where the system has no such files (Linux has)."""
+        try:
+            return cls(os.memfd_create("tandem-kv", os.MFD_CLOEXEC))
+        except (AttributeError, OSError):
+            return None
+
+    @property
+    def fd(self) -> int | None:
+        return self._fd if self.close.alive else None
+
+    def map(self, size: int) -> mmap.mmap:
+        """Zero bytes. Raises OSError or OverflowError when there is no room."""
+        if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            raise OSError("larger than this machine's memory")  # a sparse file may be, and would fail when it is used
+        os.ftruncate(self._fd, size)
+        return mmap.mmap(self._fd, size, flags=mmap.MAP_SHARED)
+
+
+def _zeros(size: int, device: torch.device, file: SharedFile | None) -> Tensor:
+    """`size` zero bytes, (size,) uint8."""
     try:
         if device.type != "cpu":
             return torch.zeros(size, dtype=torch.uint8, device=device)
-        return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        return torch.frombuffer(file.map(size) if file else mmap.mmap(-1, size, flags=private), dtype=torch.uint8)
     except (OSError, OverflowError, RuntimeError) as exc:
         raise ConfigError(f"a KV cache of {size} bytes does not fit on {device}: lower kv_cache_memory_bytes") from exc

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import IntEnum
@@ -37,6 +37,7 @@ from tandem.common.kv_layout import KVLayout
 from tandem.common.proc import die_with_parent
 from tandem.engine.config import EngineConfig
 from tandem.engine.group import Group
+from tandem.engine.kv_cache import fence
 from tandem.engine.plan import Plan
 from tandem.engine.rank import Rank
 from tandem.engine.runner import integers
@@ -51,8 +52,9 @@ STOP_TIMEOUT = 5.0
 class Command(IntEnum):
     FORWARD = 1  # a packed batch (runner.py)
     READ = 2  # block ids; then each rank's heads are gathered to rank 0
-    WRITE = 3  # block ids; then rank 0 scatters the heads
+    WRITE = 3  # first layer, number of layers, block ids; then rank 0 scatters the heads
     COPY = 4  # source, target
+    ZERO = 5  # block ids
 
 
 class Followers:
@@ -198,6 +200,9 @@ class ShardedStore:
     block (layers · 2, heads, bytes of a head)   =   rank 0's heads | rank 1's heads | …
     """
 
+    memory: Tensor | None = None  # in one piece nowhere
+    fd: int | None = None
+
     def __init__(self, layout: KVLayout, rank: Rank, followers: Followers) -> None:
         self.layout = layout
         self._cache, self._group, self._followers = rank.cache, rank.group, followers
@@ -211,17 +216,28 @@ class ShardedStore:
         return torch.cat([part.view(shape) for part in parts], dim=2).view(len(blocks), -1)
 
     @torch.inference_mode()
-    def write(self, blocks: Sequence[int], payload: Tensor) -> None:
-        assert payload.shape == (len(blocks), self.layout.block_bytes), f"{payload.shape} for {len(blocks)} blocks"
-        shape = (len(blocks), self.layout.layers * 2, self.layout.kv_heads, self._head_bytes)
+    def write(
+        self, blocks: Sequence[int], payload: Tensor, first_layer: int = 0, num_layers: int | None = None
+    ) -> None:
+        count = self.layout.layers if num_layers is None else num_layers
+        size = count * self.layout.layer_bytes
+        assert payload.shape == (len(blocks), size), f"payload {payload.shape} for {len(blocks)} blocks of {size} bytes"
+        shape = (len(blocks), count * 2, self.layout.kv_heads, self._head_bytes)
         parts = payload.to(self._group.device).view(shape).chunk(self._group.world, dim=2)
-        with self._followers.together(Command.WRITE, torch.tensor(blocks, dtype=torch.int64)):
+        with self._followers.together(Command.WRITE, torch.tensor([first_layer, count, *blocks])):
             mine = self._group.scatter(list(parts), torch.empty_like(parts[0]))
-            self._cache.write(blocks, mine.view(len(blocks), -1))
+            self._cache.write(blocks, mine.view(len(blocks), -1), first_layer, count)
 
     def copy(self, source: int, target: int) -> None:
         with self._followers.together(Command.COPY, torch.tensor([source, target])):
             self._cache.copy(source, target)
+
+    def zero(self, blocks: Sequence[int]) -> None:
+        with self._followers.together(Command.ZERO, torch.tensor(blocks, dtype=torch.int64)):
+            self._cache.zero(blocks)
+
+    def fence(self) -> Callable[[], None] | None:
+        return fence(self._group.device)
 
     @property
     def _head_bytes(self) -> int:
@@ -241,12 +257,15 @@ def follow(rank: Rank, commands: IO[bytes]) -> None:
             case Command.READ:
                 group.gather(cache.read(integers(arguments)))
             case Command.WRITE:
-                blocks = integers(arguments)
-                payload = torch.empty_like(cache.read(blocks))
-                cache.write(blocks, group.scatter([], payload))
+                first_layer, layers, *blocks = integers(arguments)
+                shape = (len(blocks), layers * cache.memory.shape[1] // cache.layout.layers)
+                payload = torch.empty(shape, dtype=torch.uint8, device=cache.memory.device)
+                cache.write(blocks, group.scatter([], payload), first_layer, layers)
             case Command.COPY:
                 source, target = integers(arguments)
                 cache.copy(source, target)
+            case Command.ZERO:
+                cache.zero(integers(arguments))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ packed   [ T S R W | token_ids T | positions T | slot_blocks T | slot_offsets T 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from tandem.engine.attention.base import AttentionBackend, AttentionMetadata
 from tandem.engine.batch import Batch
 from tandem.engine.kv_cache import PagedKVCache
-from tandem.engine.models.transformer import StepInputs, Transformer
+from tandem.engine.models.transformer import StepInputs, StepOutput, Transformer
 
 HEADER = 4
 
@@ -80,6 +81,7 @@ class ModelRunner:
         self._device = cache.tensor.device
 
     @torch.inference_mode()
-    def forward(self, packed: Tensor) -> Tensor:
-        """Compute the KV of all tokens of `packed`; float32 logits (R, vocab) of its sample rows on rank 0."""
-        return self._model.forward(unpack(packed, self._device), self._attention, self._cache.layers)
+    def forward(self, packed: Tensor, after_layer: Callable[[int], None] | None = None) -> StepOutput:
+        """Compute the KV of all tokens of `packed`, and the logits of its sample rows."""
+        inputs = unpack(packed, self._device)
+        return self._model.forward(inputs, self._attention, self._cache.layers, after_layer)

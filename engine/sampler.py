@@ -13,9 +13,11 @@ would swap places.
 from __future__ import annotations
 
 import hashlib
+import logging
 import struct
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,36 +27,79 @@ from tandem.common.request import Logprobs, SamplingParams
 from tandem.engine.batch import Sampled
 from tandem.engine.sequence import Sequence
 
+log = logging.getLogger(__name__)
+
+NOT_FINITE = "the model computed values that are not finite"
+NO_TOKEN = "logit_bias and min_tokens leave no token to choose"
 UNIT = 1 << 44  # weight of the likeliest token; a vocabulary of 2**18 such sums to 2**62, which int64 holds
 CPU_ELEMENTS, DEVICE_ELEMENTS = 1 << 18, 1 << 22  # logits drawn from at a time: what caches hold; 100 MB of temporaries
 HEAD = 1024  # tokens that top-p looks at first; nearly always enough, and far cheaper than sorting all
 MIN_TEMPERATURE = 1e-5  # below, dividing by it overflows; the draw is the argmax long before
 
 
-def sample(logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """The maximum of each row of logits."""
+
+    ids: list[int]  # (R,) the lowest among equals
+    finite: list[bool]  # (R,) False for a row with a NaN or +inf, or nothing but -inf
+
+
+def look(logits: Tensor, finite: Tensor) -> tuple[Peaks, list[bool]]:
+    """The peaks of `logits` (R, vocab), and `finite` (S,) on the host: one copy, one wait for the device."""
+    best, best_ids = logits.max(dim=-1)  # NaN if there is one
+    host: list[int] = _list(torch.cat([best_ids, best.isfinite(), finite]))
+    rows = len(logits)
+    return Peaks(host[:rows], [bool(ok) for ok in host[rows : 2 * rows]]), [bool(ok) for ok in host[2 * rows :]]
+
+
+def sample(logits: Tensor, sequences: list[Sequence], peaks: Peaks) -> list[Sampled]:
     """The next token of every choice of every sequence; `logits` (R, vocab), one row for each sequence.
 
-    A row without a finite maximum (a NaN or +inf, or nothing but -inf) gives a Sampled that has an error and no
-    tokens; the other rows are not affected. Does not change `logits`.
+    A row without a finite peak, or one whose sampling fails or leaves the vocabulary, gives a Sampled that has an
+    error and no tokens; the other rows are not affected. Does not change `logits`.
     """
-    logits = logits.float()
-    best, best_ids = logits.max(dim=-1)  # the lowest id among equals; NaN if there is one
-    finite = _list(best.isfinite())
-    chosen = [[token] * len(sequence.choices) for token, sequence in zip(_list(best_ids), sequences, strict=True)]
-    errors = ["" if ok else "the model computed logits that are not finite" for ok in finite]
-    rows = [row for row, sequence in enumerate(sequences) if finite[row] and not _is_plain(sequence.sampling)]
+    chosen: list[list[int] | str] = [
+        [token] * len(sequence.choices) if ok else NOT_FINITE
+        for token, ok, sequence in zip(peaks.ids, peaks.finite, sequences, strict=True)
+    ]
+    rows = [row for row, sequence in enumerate(sequences) if peaks.finite[row] and not _is_plain(sequence.sampling)]
     elements = CPU_ELEMENTS if logits.device.type == "cpu" else DEVICE_ELEMENTS
     step = max(1, elements // logits.shape[1])
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
-        tokens = _choose(logits[part], [sequences[row] for row in part])
-        for row, drawn in zip(part, tokens, strict=True):
-            chosen[row] = drawn
-            errors[row] = "" if drawn else "logit_bias and min_tokens leave no token to choose"
+        for row, drawn in zip(part, _choose_apart(logits, part, sequences), strict=True):
+            chosen[row] = drawn or NO_TOKEN
     return [
-        Sampled(sequence, (), (), error) if error else Sampled(sequence, tuple(ids), _logprobs(row, ids, sequence))
-        for row, ids, sequence, error in zip(logits, chosen, sequences, errors, strict=True)
+        Sampled.failed(sequence, drawn) if isinstance(drawn, str) else _sampled(row, drawn, sequence)
+        for row, drawn, sequence in zip(logits, chosen, sequences, strict=True)
     ]
+
+
+def _choose_apart(logits: Tensor, rows: list[int], sequences: list[Sequence]) -> list[list[int] | str]:
+    """`_choose` for some rows of `logits`; if that fails, row by row, so that only the offender has an error."""
+    try:
+        return [*_choose(logits[rows], [sequences[row] for row in rows])]
+    except Exception as exc:
+        if len(rows) == 1:
+            return [_failure(exc, sequences[rows[0]])]
+        return [drawn for row in rows for drawn in _choose_apart(logits, [row], sequences)]
+
+
+def _sampled(logits: Tensor, ids: list[int], sequence: Sequence) -> Sampled:
+    """`logits` (vocab,)."""
+    foreign = [token for token in ids if not 0 <= token < len(logits)]
+    if foreign:
+        return Sampled.failed(sequence, f"token id {foreign[0]} was sampled, which is outside 0 … {len(logits) - 1}")
+    try:
+        return Sampled(sequence, tuple(ids), _logprobs(logits, ids, sequence))
+    except Exception as exc:
+        return Sampled.failed(sequence, _failure(exc, sequence))
+
+
+def _failure(exc: Exception, sequence: Sequence) -> str:
+    log.error("request %s: sampling failed", sequence.request_id, exc_info=exc)
+    return f"sampling failed for this request ({type(exc).__name__})"
 
 
 def uniform(seed: int, choice: int, index: int) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tandem.common.errors import TransferFailed
-from tandem.common.handoff import Abort, Frame, Grant, Message
+from tandem.common.handoff import Abort, Frame, Grant, Heartbeat, Message
 from tandem.kv_transfer.base import Receiver
 from tandem.kv_transfer.context import Context
 from tandem.kv_transfer.frame import check_frame, check_payload
@@ -28,8 +28,8 @@ class LandLink(Link[Message, Receiver]):
 
     A payload that does not match its digests is dropped and its transfer aborted: P is told, and `on_message` gets
     the same Abort. A header that does not fit the layout loses the link: the payload behind it cannot be received.
-    A frame of no current grant is taken off the wire and dropped (rule H2). Both callbacks run on the link's thread;
-    the worker's account (Landing) has the last word on whether a frame is accepted.
+    A frame of no current grant is taken off the wire and dropped (rule H2). The callbacks run on the link's thread,
+    for heartbeats on the channel's; the worker's account (Landing) has the last word on whether a frame is accepted.
     """
 
     def __init__(
@@ -66,7 +66,10 @@ class LandLink(Link[Message, Receiver]):
         return ()
 
     def _incoming_message(self, message: Message) -> None:
-        self._put(message)
+        if isinstance(message, Heartbeat):
+            self._on_message(message)  # now: the thread may be waiting for a payload
+        else:
+            self._put(message)
 
     def _serve(self, job: Message) -> None:
         if not isinstance(job, Frame):

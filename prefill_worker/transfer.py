@@ -48,6 +48,7 @@ class Transfer:
     started: float = 0.0  # monotonic; first chunk
     sampled: float = 0.0  # monotonic; first token
     first_tokens: tuple[int, ...] = ()  # of each choice, once sampled
+    poisoned: bool = False  # its computation failed: its KV may be anything
 
     @property
     def id(self) -> bytes:

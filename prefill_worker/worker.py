@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tandem.common.backlog import Backlog
 from tandem.common.errors import Cancelled, DeadlineExceeded, InternalError, TandemError, TransferFailed
 from tandem.common.failpoints import failpoint
 from tandem.common.handoff import Abort, Ack, Grant, Message, Refuse, Released, Reserve, TicketGate
 from tandem.common.request import Leg, LegUpdate, Token
 from tandem.common.worker_info import Load
-from tandem.common.worker_loop import Bulkhead, Inbox, Sink
+from tandem.common.worker_loop import Inbox, Sink
 from tandem.engine.allocation import blocks_for
 from tandem.engine.batch import Sampled, Scheduled
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.engine import Engine
+from tandem.engine.isolation import Bulkhead
 from tandem.engine.sequence import Sequence, check_tokens
 from tandem.kv_transfer.push import PushLink
 from tandem.prefill_worker.outgoing import Outgoing, Source
@@ -29,6 +31,7 @@ from tandem.prefill_worker.transfer import Phase, Transfer
 
 log = logging.getLogger("tandem.prefill")
 
+_WAITING = (Phase.QUEUED, Phase.ASKED, Phase.GRANTED)
 CLOSE_TIMEOUT = 5.0  # seconds for a link's thread to let go of what it sends
 
 Connect = Callable[[str, str, Callable[[Message], None], Callable[[str], None]], PushLink]
@@ -39,6 +42,8 @@ Connect = Callable[[str, str, Callable[[Message], None], Callable[[str], None]],
 class PrefillLimits:
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 64
+    max_num_queued_reqs: int = 1024  # legs that wait here for their first chunk
+    max_num_queued_tokens: int = 1 << 20  # of those legs
     reserve_ahead: int = 4  # steps whose tokens may hold or await a grant
     grant_timeout: float = 30.0  # seconds D may take to answer a Reserve
     ack_timeout: float = 30.0  # seconds D may take to answer a Manifest
@@ -65,6 +70,7 @@ class PrefillWorker:
         self._lost: dict[str, PushLink] = {}  # likewise; ended links whose thread may not have
         self._source = Source(engine.store, limits.max_backlog_bytes, limits.pipelined_from)
         self._bulkhead = Bulkhead()
+        self._backlog = Backlog(limits.max_num_queued_reqs, limits.max_num_queued_tokens)
 
     # ------------------------------------------------------------------ the loop
 
@@ -75,17 +81,11 @@ class PrefillWorker:
         self._start()
         scheduled = self._scheduler.schedule()
         if scheduled:
-            try:
-                sampled = self._forward(scheduled)
-            except Exception as exc:
-                error = self._bulkhead.failed(exc)
-                for item in scheduled:
-                    self._end(self._by_sequence[item.sequence], error)
-                return True
-            self._bulkhead.passed()
-            self._scheduler.advance(scheduled)
+            results = self._bulkhead.run(self._forward, scheduled)
+            failed = {result.sequence for result in results if result.error}
+            self._scheduler.advance([item for item in scheduled if item.sequence not in failed])
             failpoint("prefill.computed")
-            for result in sampled:
+            for result in results:
                 self._first_tokens(result)
         self._push()
         return bool(scheduled)
@@ -132,11 +132,14 @@ class PrefillWorker:
                 transfer.outgoing = Outgoing(self._source, transfer.sequence, transfer.grant, transfer.link)
                 transfer.phase, transfer.started = Phase.COMPUTING, time.monotonic()
                 transfer.sequence.cached = transfer.sequence.computed
+                self._backlog.left()
 
     def _first_tokens(self, result: Sampled) -> None:
         """Token 1 reaches the client at once; the blocks follow to D."""
         transfer = self._by_sequence[result.sequence]
         if result.error:
+            transfer.poisoned = True
+            self._pool.forget(transfer.sequence.blocks)  # nobody may find this KV any more …
             self._end(transfer, InternalError(result.error))
             return
         transfer.sampled, transfer.first_tokens = time.monotonic(), result.token_ids
@@ -166,6 +169,7 @@ class PrefillWorker:
             sequence = Sequence.from_leg(leg, now)
             check_tokens(sequence.token_ids, self._engine.vocab_size)
             self._check_room(sequence)
+            self._check_queue(sequence)
             link = self._link(ticket.decode_incarnation, decode_address)
         except TandemError as exc:
             sink(LegUpdate(error=exc))
@@ -186,6 +190,11 @@ class PrefillWorker:
                 f"the prompt needs {needed} KV blocks and this prefill worker has {self._pool.num_blocks}; "
                 "raise --kv-cache-memory-bytes"
             )
+
+    def _check_queue(self, sequence: Sequence) -> None:
+        """What waits here for its first chunk is bounded; each leg of it has a deadline. Raises Overloaded."""
+        waiting = [t.sequence.remaining for t in self._transfers.values() if t.phase in _WAITING]
+        self._backlog.check(len(waiting), sum(waiting), sequence.remaining)
 
     def _link(self, incarnation: str, address: str) -> PushLink:
         """D takes a new link as word that nothing of the former one is in flight (rule H3). Raises TransferFailed."""
@@ -279,8 +288,10 @@ class PrefillWorker:
     def _release(self, transfer: Transfer) -> None:
         """The one place where a pin is released: the blocks stay findable as prefix cache."""
         self._leaving.discard(transfer)
-        self._pool.release(transfer.sequence.blocks)
-        transfer.sequence.blocks = []
+        blocks, transfer.sequence.blocks = transfer.sequence.blocks, []
+        self._pool.release(blocks)
+        if transfer.poisoned:  # … and a NaN must not live on in whoever gets these blocks next
+            self._engine.store.zero(self._pool.free_among(blocks))
 
     # ------------------------------------------------------------------ for the shell
 
@@ -289,7 +300,7 @@ class PrefillWorker:
         return not self._transfers and not self._leaving
 
     def load(self) -> Load:
-        waiting = [t for t in self._transfers.values() if t.phase in (Phase.QUEUED, Phase.ASKED, Phase.GRANTED)]
+        waiting = [t for t in self._transfers.values() if t.phase in _WAITING]
         tokens = sum(transfer.sequence.remaining for transfer in self._transfers.values())
         return self._pool.counts().load(len(self._transfers) - len(waiting), len(waiting), tokens)
 

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tandem.common import log
-from tandem.common.errors import ConfigError, TandemError
+from tandem.common.errors import ConfigError, Overloaded, TandemError
 from tandem.common.registry import Registry
 from tandem.common.rpc import format_address
 from tandem.common.worker_config import cluster_key_from_env
 from tandem.router.app import Services, create_app
+from tandem.router.http_protocol import BoundedHeadProtocol
+from tandem.router.responses import error_response
 from tandem.router.settings import RouterSettings
 
 logger = logging.getLogger("tandem.router")
 
 BACKLOG = 2048
-MAX_HEADER_BYTES = 16 << 10
+ALWAYS_OPEN = ("/livez", "/metrics", "/status", "/version")
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> RouterSettings:
@@ -58,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--migration-limit", type=int, metavar="N", help="attempts of one request (default 3)")
     add("--max-num-queued-reqs", type=int, metavar="N", help="choices that may wait for their first token (512)")
     add("--max-num-queued-tokens", type=int, metavar="N", help="… and their prompt tokens (1048576)")
+    add("--max-queue-wait", type=float, metavar="SECONDS", help="expected for a first token; beyond it, 503 (60)")
+    add("--queue-timeout", type=float, metavar="SECONDS", help="a request without its first token gets 503 (300)")
     add("--max-body-bytes", type=int, metavar="N", help="of one request (default 1 MiB)")
     add("--shutdown-timeout", type=float, metavar="SECONDS", help="that streams get after SIGTERM (default 30)")
     add("--log-level", default="info", choices=log.LEVELS)
@@ -84,33 +91,69 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Door:
+    """ASGI middleware around the app: knows how many requests are inside and, once `closed`, lets no more in."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.closed = False
+        self.inside = 0
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif self.closed and scope["path"] not in ALWAYS_OPEN:
+            response = error_response(Overloaded("this router is shutting down; try again", retry_after=1.0))
+            response.headers["connection"] = "close"
+            await response(scope, receive, send)
+        else:
+            self.inside += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self.inside -= 1
+
+
 class RouterServer(uvicorn.Server):
-    """SIGTERM and SIGINT let running streams finish; a second one ends them at once. Either way the exit code is 0."""
+    """SIGTERM and SIGINT close the door and let those inside finish within `patience` seconds; a second one ends them
+    at once. Either way the exit code is 0. While it waits it still listens, so that who comes gets an answer."""
+
+    def __init__(self, config: uvicorn.Config, door: Door, patience: float) -> None:
+        super().__init__(config)
+        self._door, self._patience, self._deadline = door, patience, 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        if self._door.closed:
+            self.force_exit = self.should_exit = True
+        self._door.closed, self._deadline = True, time.monotonic() + self._patience
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._door.closed and (not self._door.inside or time.monotonic() >= self._deadline):
+            self.should_exit = True
+        return await super().on_tick(counter)
 
 
 def serve(settings: RouterSettings) -> None:
     """Until a signal. Raises TandemError when the router cannot start."""
     listener = listen(settings.host, settings.port)
     with listener:
-        services = Services.create(settings, Registry(settings.redis_url, settings.cluster))
+        services = Services.create(settings, Registry(settings.redis_url, settings.cluster_key, settings.cluster))
+        door = Door(create_app(services))
         config = uvicorn.Config(
-            create_app(services),
+            door,
+            http=BoundedHeadProtocol,
             log_config=None,
             access_log=False,
             lifespan="on",
             server_header=False,
             proxy_headers=False,  # nothing of ours trusts X-Forwarded-For
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            # with 0 uvicorn reports a missed deadline even when nothing is left to wait for
-            timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
+            timeout_graceful_shutdown=1,  # behind `patience`, for connections to close
         )
         host, port = listener.getsockname()[:2]
         logger.info("router listening on http://%s", format_address(host, port))
-        RouterServer(config).run(sockets=[listener])
+        gc.collect()
+        gc.freeze()  # what is loaded stays: a full collection would stop the event loop for some 50 ms
+        RouterServer(config, door, settings.shutdown_timeout).run(sockets=[listener])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

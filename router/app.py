@@ -51,6 +51,7 @@ class Services:
     vocab_size: int
     defaults: dict[str, float]
     prompts: PromptBuilder
+    admission: Admission
     membership: Membership
     completions: Completions
     metrics: RouterMetrics
@@ -65,11 +66,12 @@ class Services:
         membership = Membership(registry, settings.cluster_key)
         metrics.follow(membership)
         dispatcher = Dispatcher(settings, membership, metrics)
-        admission = Admission(settings.max_num_queued_reqs, settings.max_num_queued_tokens)
-        completions = Completions(dispatcher, admission, tokenizer, metrics)
+        admission = Admission(settings.max_num_queued_reqs, settings.max_num_queued_tokens, settings.max_queue_wait)
+        metrics.watch_queue(admission)
+        completions = Completions(dispatcher, admission, tokenizer, metrics, settings.queue_timeout)
         prompts = PromptBuilder(tokenizer)
         vocab_size = read_vocab_size(directory)
-        return cls(settings, tokenizer, vocab_size, defaults, prompts, membership, completions, metrics)
+        return cls(settings, tokenizer, vocab_size, defaults, prompts, admission, membership, completions, metrics)
 
 
 class Api:
@@ -83,22 +85,34 @@ class Api:
     # ------------------------------------------------------------------ generation
 
     async def chat(self, request: Request) -> Any:
-        arrival = time.monotonic()
-        body = parse_chat(await read_body(request, self._settings.max_body_bytes))
+        data = await self._read(request)
+        parsed = await until_gone(request.receive, self._parse_chat(data, time.monotonic()))
+        return await self._answer(request, parsed, ChatFormat(parsed))
+
+    async def _parse_chat(self, data: bytes, arrival: float) -> ParsedRequest:
+        body = parse_chat(data)
         self._check_model(body.model)
         prompt = await self._services.prompts.chat(
             body.messages, body.add_generation_prompt is not False, body.chat_template_kwargs or {}
         )
-        parsed = to_request(body, [prompt], await self._limits(), arrival)
-        return await self._answer(request, parsed, ChatFormat(parsed))
+        return to_request(body, [prompt], await self._limits(), arrival)
 
     async def completions(self, request: Request) -> Any:
-        arrival = time.monotonic()
-        body = parse_completion(await read_body(request, self._settings.max_body_bytes))
+        data = await self._read(request)
+        parsed = await until_gone(request.receive, self._parse_completion(data, time.monotonic()))
+        return await self._answer(request, parsed, CompletionFormat(parsed))
+
+    async def _parse_completion(self, data: bytes, arrival: float) -> ParsedRequest:
+        body = parse_completion(data)
         self._check_model(body.model)
         prompts = await self._services.prompts.completion(body)
-        parsed = to_request(body, prompts, await self._limits(), arrival)
-        return await self._answer(request, parsed, CompletionFormat(parsed))
+        return to_request(body, prompts, await self._limits(), arrival)
+
+    async def _read(self, request: Request) -> bytes:
+        """The body. Raises Overloaded before it is looked at when there is no room for any request."""
+        data = await read_body(request, self._settings.max_body_bytes)
+        self._services.admission.check()
+        return data
 
     async def _answer(self, request: Request, parsed: ParsedRequest, form: AnswerFormat) -> Any:
         completions = self._services.completions

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections.abc import Coroutine
 from typing import Any
 
-from tandem.common.errors import TandemError
+from tandem.common.errors import Overloaded, TandemError
+from tandem.common.failpoints import failpoint
 from tandem.common.request import Token
 from tandem.common.tokenizer import Tokenizer
 from tandem.router.admission import Admission, Entry
@@ -24,6 +27,8 @@ from tandem.router.work import ParsedRequest, Work
 
 DONE = b"data: [DONE]\n\n"
 PARALLEL_PROMPTS = 64  # of one request
+
+Part = Coroutine[Any, Any, None]  # one prompt's way to its last token
 
 
 def event(value: Any) -> bytes:
@@ -41,6 +46,7 @@ class PromptSink:
         self._answer = answer
 
     def put(self, token: Token) -> bool:
+        failpoint("router.token" if token.index else "router.first_token")
         self._entry.leave(served=True)
         choice = self._choices[token.choice]
         self._timeline.token(choice.choice)
@@ -59,6 +65,7 @@ class Answer:
         self.choices: list[ChoiceText] = []
         self.cached_tokens = 0
         self.outbox = outbox
+        self.queue_limit = asyncio.timeout(None)  # until the first token
         self._request = request
         self._form = form
 
@@ -68,12 +75,15 @@ class Answer:
         return Usage(self._request.prompt_tokens, completion, self.cached_tokens)
 
     def take(self, delta: Delta) -> None:
+        if self.queue_limit.when() is not None and not self.queue_limit.expired():
+            self.queue_limit.reschedule(None)
         if self.outbox is None:
             return
         output = self._request.output
         if self.choices[delta.choice].tokens == 1:
             self._send(self._form.opening(delta.choice))
-        if delta.text or delta.finish_reason or delta.logprob or output.continuous_usage:
+        every = output.token_ids or output.continuous_usage  # also tokens that are no text yet
+        if delta.text or delta.finish_reason or delta.logprob or every:
             self._send(self._form.chunk(delta))
 
     def finish_stream(self) -> None:
@@ -99,8 +109,15 @@ class Completions:
     """Serves parsed requests of both APIs."""
 
     def __init__(
-        self, dispatcher: Dispatcher, admission: Admission, tokenizer: Tokenizer, metrics: RouterMetrics
+        self,
+        dispatcher: Dispatcher,
+        admission: Admission,
+        tokenizer: Tokenizer,
+        metrics: RouterMetrics,
+        queue_timeout: float,
     ) -> None:
+        """`queue_timeout`: seconds from a request's arrival within which it must have its first token."""
+        self._queue_timeout = queue_timeout
         self._dispatcher = dispatcher
         self._admission = admission
         self._tokenizer = tokenizer
@@ -127,19 +144,36 @@ class Completions:
         with self._metrics.request(request) as timeline:
             lengths = [len(work.prompt_ids) for work in request.works]
             entries = self._admission.admit(lengths, request.choices)
-            gate = asyncio.Semaphore(PARALLEL_PROMPTS)
             try:
-                parts: list[Any] = []
-                for work, entry in zip(request.works, entries, strict=True):
-                    choices = self._choices(len(answer.choices), work, request)
-                    answer.choices += choices
-                    sink = PromptSink(choices, entry, timeline, answer)
-                    parts.append(self._prompt(work, sink, gate, answer))
-                await together(*parts)
+                failpoint("router.admitted")
+                await self._within_limit(answer, request, self._parts(answer, request, entries, timeline))
+            except Overloaded as exc:
+                exc.retry_after = exc.retry_after or self._admission.retry_after()
+                raise
             finally:
                 for entry in entries:
                     entry.leave(served=False)
             timeline.finished([choice.finish_reason or "" for choice in answer.choices], answer.usage)
+
+    async def _within_limit(self, answer: Answer, request: ParsedRequest, parts: list[Part]) -> None:
+        """Raises Overloaded when no first token comes in time."""
+        answer.queue_limit = asyncio.timeout(request.arrival + self._queue_timeout - time.monotonic())
+        try:
+            async with answer.queue_limit:
+                await together(*parts)
+        except TimeoutError as exc:
+            raise Overloaded(f"no first token came within {self._queue_timeout:g} s; try again later") from exc
+
+    def _parts(
+        self, answer: Answer, request: ParsedRequest, entries: list[Entry], timeline: RequestTimeline
+    ) -> list[Part]:
+        gate = asyncio.Semaphore(PARALLEL_PROMPTS)
+        parts: list[Part] = []
+        for work, entry in zip(request.works, entries, strict=True):
+            choices = self._choices(len(answer.choices), work, request)
+            answer.choices += choices
+            parts.append(self._prompt(work, PromptSink(choices, entry, timeline, answer), gate, answer))
+        return parts
 
     async def _prompt(self, work: Work, sink: PromptSink, gate: asyncio.Semaphore, answer: Answer) -> None:
         async with gate:

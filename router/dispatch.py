@@ -28,6 +28,7 @@ from tandem.common.errors import (
     TransferFailed,
     WorkerFailed,
 )
+from tandem.common.failpoints import failpoint
 from tandem.common.handoff import Ticket, new_transfer_id
 from tandem.common.request import Leg, LegUpdate
 from tandem.common.worker_config import Role
@@ -35,6 +36,7 @@ from tandem.router.generation import Generation, Sink
 from tandem.router.membership import Membership, Worker
 from tandem.router.metrics import RouterMetrics
 from tandem.router.policy import choose
+from tandem.router.retry_budget import RetryBudget
 from tandem.router.settings import RouterSettings
 from tandem.router.work import Work
 
@@ -60,10 +62,12 @@ class Dispatcher:
         self._settings = settings
         self._membership = membership
         self._metrics = metrics
+        self._budget = RetryBudget()
 
     async def run(self, work: Work, sink: Sink) -> Outcome:
         """Every choice of `work` to its end. Raises TandemError: the request's one end otherwise."""
         generation = Generation(work, sink)
+        self._budget.request()
         try:
             async with asyncio.timeout(work.deadline - time.monotonic()):
                 await self._serve(generation, tuple(range(work.choices)), 0)
@@ -77,28 +81,43 @@ class Dispatcher:
 
     async def _serve(self, generation: Generation, choices: tuple[int, ...], attempt: int) -> None:
         """One attempt, and the next ones if it fails; choices that already have tokens go on separately."""
-        pair = await self._choose(generation, choices)
+        last = attempt + 1 >= self._settings.migration_limit
+        pair = await self._choose(generation, choices, last)
         try:
             await Attempt(generation, pair, self._leg(generation, choices, attempt, pair)).run()
             return
         except TandemError as exc:
-            if not exc.retryable or attempt + 1 >= self._settings.migration_limit:
+            if not exc.retryable or last:
                 raise
-            log.warning("request %s, attempt %d failed, trying again: %s", generation.work.id, attempt, exc)
-        self._metrics.retries.inc()
+            failure = exc
         await asyncio.sleep(BACKOFF * 2**attempt)
+        if self._full(pair, failure) and not self._budget.retry():
+            raise failure
+        log.warning("request %s, attempt %d failed, trying again: %s", generation.work.id, attempt, failure)
+        failpoint("router.retry")
+        self._metrics.retries.inc()
         groups = generation.groups(choices)
         await together(*(self._serve(generation, group, attempt + 1) for group in groups))
 
-    async def _choose(self, generation: Generation, choices: tuple[int, ...]) -> Pair:
-        """Raises Overloaded when no decode worker turns up in time."""
+    def _full(self, pair: Pair, failure: TandemError) -> bool:
+        """Whether the attempt was refused for want of room; one that drains, or is gone by now, refused for that."""
+        members = self._membership.workers()
+        workers = [worker for worker in (pair.prefill, pair.decode) if worker is not None]
+        return isinstance(failure, Overloaded) and all(w.state == "ready" and w in members for w in workers)
+
+    async def _choose(self, generation: Generation, choices: tuple[int, ...], last: bool) -> Pair:
+        """The last attempt behind a failed hand-off does without one: the decode worker prefills the prompt itself.
+
+        Raises Overloaded when no decode worker turns up in time.
+        """
         settings, members = self._settings, self._membership
         wait = settings.recovery_wait if generation.avoid else settings.worker_wait
         if not await members.wait_for(members.can_serve, wait):
             raise Overloaded("no decode worker is available; try again later", retry_after=settings.worker_wait)
         cached = self._cached(generation.token_ids(choices), generation.work.cache_salt)
         decode = self._pick("decode", cached, generation.avoid)
-        prefill = self._pick("prefill", cached, generation.avoid)
+        alone = last and generation.transfer_failed
+        prefill = None if alone else self._pick("prefill", cached, generation.avoid)
         if decode is None:
             raise InternalError("a decode worker was there and is not")
         if prefill is None and settings.prefill_expected:
@@ -116,10 +135,13 @@ class Dispatcher:
         return workers[chosen.incarnation] if chosen else None
 
     def _cached(self, token_ids: tuple[int, ...], salt: bytes) -> dict[str, int]:
-        """incarnation → leading blocks of `token_ids` in its cache."""
-        about = self._membership.workers()[0].description  # all that take part have the same KV layout
-        hashes = block_hashes(token_ids, about.block_size, chain_root(salt, about.fingerprint))
-        return self._membership.index.match(hashes)
+        """incarnation → leading tokens of it that are in its cache."""
+        about = (worker.description for worker in self._membership.workers())
+        cached: dict[str, int] = {}
+        for size, fingerprint in {(each.block_size, each.fingerprint) for each in about}:
+            held = self._membership.index.match(block_hashes(token_ids, size, chain_root(salt, fingerprint)))
+            cached |= {incarnation: size * blocks for incarnation, blocks in held.items()}
+        return cached
 
     def _leg(self, generation: Generation, choices: tuple[int, ...], attempt: int, pair: Pair) -> Leg:
         ticket = b"" if pair.prefill is None else self._mint(generation, attempt, pair.prefill, pair.decode)
@@ -134,9 +156,10 @@ class Dispatcher:
             prefill_incarnation=prefill.incarnation,
             decode=decode.name,
             decode_incarnation=decode.incarnation,
-            fingerprint=decode.description.fingerprint,
+            pairing=decode.description.pairing,
             timeout=generation.work.deadline - time.monotonic(),
         )
+        failpoint("router.minted")
         return ticket.seal(self._settings.cluster_key)
 
 
@@ -231,6 +254,7 @@ class Attempt:
     def _blame(self, worker: Worker, exc: TandemError) -> None:
         """The next attempt goes elsewhere if it can. Of a failed transfer nobody knows whose fault it was."""
         if exc.retryable:
+            self._generation.transfer_failed |= isinstance(exc, TransferFailed)
             blamed = (worker, self._pair.prefill, self._pair.decode) if isinstance(exc, TransferFailed) else (worker,)
             self._generation.avoid.update(worker.incarnation for worker in blamed if worker is not None)
 

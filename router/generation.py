@@ -33,6 +33,7 @@ class Generation:
         self.work = work
         self.outputs: list[list[int]] = [[] for _ in range(work.choices)]  # token ids, by choice
         self.avoid: set[str] = set()  # incarnations that failed an attempt
+        self.transfer_failed = False  # some attempt's hand-off did
         self.cached_tokens = 0  # of the prompt, at the first attempt that told
         self._sink = sink
         self._ended: set[int] = set()
@@ -50,9 +51,13 @@ class Generation:
         for token in tokens:
             if token.choice not in choices:
                 raise WorkerFailed(f"worker sent a token of choice {token.choice}, which its leg does not have")
-            if token.choice not in self._ended:
+            if not self._late(token.choice):
                 self._take(token)
         await self._sink.room()
+
+    def _late(self, choice: int) -> bool:
+        """Rule H7, the one place that drops what comes behind a choice's end: tokens, and a second end."""
+        return choice in self._ended
 
     def _take(self, token: Token) -> None:
         output = self.outputs[token.choice]

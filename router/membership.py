@@ -3,7 +3,8 @@
     registry ──list, every 0.5 s──► a follower task per incarnation ──Watch──► Worker: state, load, cached blocks
 
 A worker is a member exactly while its Watch stream lives. Redis down changes nothing but that no new worker is
-found. Of workers with different KV layouts only the largest group takes part, so that any P can pair with any D.
+found. Only the largest group of workers whose KV fits each other's takes part, so that any P can pair with any D;
+their block sizes may differ.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from tandem.common.errors import TandemError, WorkerFailed
 from tandem.common.registry import Registration
@@ -59,14 +60,14 @@ class Worker:
     def name(self) -> str:
         return self.description.name
 
-    def candidate(self, cached_blocks: int, avoid: bool) -> Candidate:
+    def candidate(self, cached_tokens: int, avoid: bool) -> Candidate:
         return Candidate(
             incarnation=self.incarnation,
             name=self.name,
             load=max(self.load.running + self.load.waiting, self.legs),
             capacity=self.description.max_num_seqs,
             waiting_tokens=self.load.waiting_tokens,
-            cached_blocks=cached_blocks,
+            cached_tokens=cached_tokens,
             draining=self.state == "draining",
             avoid=avoid,
         )
@@ -91,19 +92,18 @@ class Membership:
         self._registry = registry
         self._cluster_key = cluster_key
         self._workers: dict[str, Worker] = {}
-        self._identity: tuple[bytes, str] | None = None  # fingerprint and model of those that take part
-        self._followers: dict[str, asyncio.Task[None]] = {}
-        self._lister: asyncio.Task[None] | None = None
+        self._identity: tuple[bytes, str] | None = None  # pairing and model of those that take part
+        self._followed: set[str] = set()  # incarnations
+        self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._stopping = False
 
     def start(self) -> None:
-        self._lister = asyncio.create_task(self._list_forever(), name="membership")
-        self._lister.add_done_callback(_report)
+        self._spawn(self._list_forever(), "membership")
 
     async def stop(self) -> None:
         self._stopping = True
-        tasks = [*self._followers.values(), *([self._lister] if self._lister else [])]
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -118,7 +118,7 @@ class Membership:
         ]
 
     def all_workers(self) -> list[Worker]:
-        """Also those that take no part because of their KV layout."""
+        """Also those that take no part because their KV does not fit."""
         return list(self._workers.values())
 
     def can_serve(self) -> bool:
@@ -140,6 +140,12 @@ class Membership:
             return False
         return True
 
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_report)
+
     async def _list_forever(self) -> None:
         while True:
             await self._list()
@@ -158,9 +164,9 @@ class Membership:
         self.registry_up = True
         self.listed = {registration.incarnation: registration for registration in listed}
         for incarnation, registration in self.listed.items():
-            if incarnation not in self._followers:
-                self._followers[incarnation] = asyncio.create_task(self._follow(registration), name=registration.name)
-                self._followers[incarnation].add_done_callback(_report)
+            if incarnation not in self._followed:
+                self._followed.add(incarnation)
+                self._spawn(self._follow(registration), registration.name)
 
     async def _follow(self, registration: Registration) -> None:
         """Watch one incarnation, again and again, until it is neither alive nor listed."""
@@ -173,8 +179,16 @@ class Membership:
                 await asyncio.sleep(backoff)
                 backoff = min(2 * backoff, MAX_BACKOFF)
         finally:
+            self._followed.discard(registration.incarnation)  # before the grace: listed again, it is followed again
+            await self._close(client)
+
+    async def _close(self, client: WorkerClient) -> None:
+        """Legs that outlive their Watch stream get CLOSE_GRACE, or until the router stops."""
+        try:
             await client.close(None if self._stopping else CLOSE_GRACE)
-            del self._followers[registration.incarnation]
+        except asyncio.CancelledError:
+            await client.close()
+            raise
 
     async def _watch(self, registration: Registration, client: WorkerClient) -> bool:
         """One Watch stream; whether the worker became a member."""
@@ -220,15 +234,15 @@ class Membership:
         return worker
 
     def _update(self) -> None:
-        """Elect the KV layout that takes part (the most workers; the present one on a tie), wake who waits."""
+        """Elect the pairing that takes part (the most workers; the present one on a tie), wake who waits."""
         votes = Counter(_identity(worker) for worker in self._workers.values())
         elected = max(votes, key=lambda identity: (votes[identity], identity == self._identity), default=None)
         if elected != self._identity or len(votes) > 1:
             for worker in self._workers.values():
                 if _identity(worker) != elected:
                     log.warning(
-                        "%s (%s) takes no part: its model or KV layout is not that of the majority; start all workers "
-                        "from the same model and flags", worker.name, worker.incarnation,
+                        "%s (%s) takes no part: its model, dtype or KV heads are not those of the majority; start "
+                        "all workers from the same model and flags", worker.name, worker.incarnation,
                     )  # fmt: skip
         self._identity = elected
         self._changed.set()
@@ -236,7 +250,7 @@ class Membership:
 
 
 def _identity(worker: Worker) -> tuple[bytes, str]:
-    return worker.description.fingerprint, worker.description.model
+    return worker.description.pairing, worker.description.model
 
 
 def _report(task: asyncio.Task[None]) -> None:

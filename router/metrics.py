@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from tandem.common.errors import TandemError
 from tandem.common.metrics import create_registry, exposition
+from tandem.router.admission import Admission
 from tandem.router.formats import Usage
 from tandem.router.membership import Membership
 from tandem.router.work import ParsedRequest
@@ -69,6 +70,14 @@ class RouterMetrics:
             name + "e2e_request_latency_seconds", "From a request's arrival to its end", buckets=SLOW,
             registry=registry,
         )  # fmt: skip
+
+    def watch_queue(self, admission: Admission) -> None:
+        """Also report what waits for its first token."""
+        name = "tandem_router_queued_"
+        sequences = Gauge(name + "sequences", "Sequences that wait for their first token", registry=self.registry)
+        sequences.set_function(lambda: admission.sequences)
+        tokens = Gauge(name + "tokens", "Their prompt tokens", registry=self.registry)
+        tokens.set_function(lambda: admission.tokens)
 
     def follow(self, membership: Membership) -> None:
         """Also report what the workers tell on their Watch streams."""

@@ -24,9 +24,10 @@ class Outbox:
         self._filled.set()
 
     def close(self, error: TandemError | None = None) -> None:
-        self.error = error
-        self._closed = True
-        self._filled.set()
+        """The first one counts."""
+        if not self._closed:
+            self._closed, self.error = True, error
+            self._filled.set()
 
     async def room(self) -> None:
         """Wait until the consumer has caught up; how long it may take is the consumer's to limit."""

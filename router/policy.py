@@ -15,14 +15,14 @@ IMBALANCE = 4  # legs more than the idlest worker has, and the cached prefix no 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One live worker of the wanted role, with the same KV layout as the others."""
+    """One live worker of the wanted role, which may exchange KV with any of the others."""
 
     incarnation: str
     name: str
     load: int  # legs running and waiting
     capacity: int  # legs it runs at once
     waiting_tokens: int = 0  # prompt tokens not yet computed
-    cached_blocks: int = 0  # leading blocks of this prompt that it holds
+    cached_tokens: int = 0  # the leading part of this prompt that it holds
     draining: bool = False
     avoid: bool = False  # it failed an earlier attempt of this request
 
@@ -39,4 +39,4 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
 def _rank(candidate: Candidate, idlest: int) -> tuple[bool, bool, int, int, int, str]:
     busy = candidate.load >= candidate.capacity or candidate.load > idlest + IMBALANCE
     load = (candidate.load, candidate.waiting_tokens)
-    return (candidate.avoid, busy, -candidate.cached_blocks if not busy else 0, *load, candidate.name)
+    return (candidate.avoid, busy, -candidate.cached_tokens if not busy else 0, *load, candidate.name)

@@ -102,6 +102,8 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(client_gone(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.cancelled():  # nobody here did: the server answers all the same
+            raise InternalError("the answer was cancelled inside the server; try again")
         if task.done():
             return task.result()
         raise Cancelled("the client left before its answer was complete")
@@ -140,10 +142,12 @@ class EventStream(Response):
             await _end(producer, gone)
 
     async def _guard(self, outbox: Outbox) -> None:
+        """Whatever ends the producer closes its outbox: a client must not wait for one that is gone."""
         try:
             await self._produce(outbox)
         except Exception as exc:
             log.exception("a stream ended by a bug: %s", exc)
+        finally:
             outbox.close(InternalError("the server failed while answering; it has been logged"))
 
     async def _write(self, outbox: Outbox, scope: Scope, receive: Receive, send: Send) -> None:

@@ -26,6 +26,8 @@ class RouterSettings:
     recovery_wait: float = 30.0  # … and one that lost its worker for the next
     max_num_queued_reqs: int = 512  # sequences waiting for their first token
     max_num_queued_tokens: int = 1 << 20  # … and their prompt tokens
+    max_queue_wait: float = 60.0  # seconds that the queue may need to drain when a request joins it
+    queue_timeout: float = 300.0  # seconds from a request's arrival to its first token
     max_body_bytes: int = 1 << 20
     keep_alive: float = 15.0  # seconds of silence before an SSE comment
     send_timeout: float = 30.0  # seconds a client may take no byte

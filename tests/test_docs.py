@@ -53,7 +53,7 @@ def test_make_targets_exist() -> None:
 def test_protocol_page_names_every_message_with_its_kind_and_fields() -> None:
     page = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
     rows = {
-        name: (int(kind), row) for kind, name, row in re.findall(r"^\| (\d) \| `(\w+)` \| (.*)$", page, re.MULTILINE)
+        name: (int(kind), row) for kind, name, row in re.findall(r"^\| (\d+) \| `(\w+)` \| (.*)$", page, re.MULTILINE)
     }
     messages = get_args(handoff.Message)
     assert {message.__name__: message.KIND for message in messages} == {name: kind for name, (kind, _) in rows.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,12 @@ from tandem.kv_transfer.land import LandLink
 from tandem.kv_transfer.negotiation import NegotiatedReceiver, NegotiatedSender
 from tandem.kv_transfer.push import PushLink
 from tandem.prefill_worker.worker import PrefillLimits, PrefillWorker
+from tests.faults.faulty import Fault, FaultySender
 from tests.fakes import Client, FakeEngine, make_leg
 
 KEY = b"k" * 32
 CPU = torch.device("cpu")
+PATIENCE = 10.0  # seconds that workers get to reach what a test waits for
 
 
 @dataclass(eq=False)
@@ -56,6 +59,9 @@ class Pair:
         block_sizes: tuple[int, int] = (4, 4),  # of P and of D
     ) -> None:
         self._connector = connector
+        self.senders: list[FaultySender] = []  # of each link
+        self.fault: Fault = lambda frame, payload: None  # for links opened from now on
+        self.hold: threading.Event | None = None  # likewise
         self.d = self._decode(FakeEngine(decode_blocks, block_sizes[1]), decode_limits or DecodeLimits())
         self.p = self._prefill(FakeEngine(prefill_blocks, block_sizes[0]), prefill_limits or PrefillLimits())
         self._legs = 0
@@ -88,7 +94,9 @@ class Pair:
             timeout=5.0,
         )
         inbox.put(lambda: handoffs.attached(land, self.p.incarnation))
-        push = PushLink(here, NegotiatedSender(here, [self._connector]), on_message, on_lost, 5.0)
+        sender = FaultySender(NegotiatedSender(here, [self._connector]), self.fault, self.hold)
+        push = PushLink(here, sender, on_message, on_lost, 5.0)
+        self.senders.append(sender)
         land.open()
         push.open()
         self.d.links.append(land)
@@ -141,9 +149,9 @@ class Pair:
         self.check()
 
     def until(
-        self, condition: Callable[[], bool], seconds: float = 10.0, turn: Callable[[], None] | None = None
+        self, condition: Callable[[], bool], seconds: float | None = None, turn: Callable[[], None] | None = None
     ) -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + (seconds or PATIENCE)
         while not condition():
             assert time.monotonic() < deadline, "the workers did not get there in time"
             (turn or self.turn)()
@@ -158,7 +166,7 @@ class Pair:
         return self.p.worker.idle and self.d.worker.idle
 
     def assert_conserved(self) -> None:
-        self.until(self.at_rest)
+        self.until(lambda: self.at_rest() and self.d.pool.counts().quarantined == 0)
         for side in (self.p, self.d):
             side.pool.check_integrity()
             assert side.pool.counts().at_rest, side.pool.counts()

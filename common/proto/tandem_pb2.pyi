@@ -146,7 +146,7 @@ class Load(_message.Message):
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_owned: _Optional[int] = ..., blocks_reserved: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("name", "role", "incarnation", "model", "fingerprint", "block_size", "max_model_len", "max_num_seqs", "pid")
+    __slots__ = ("name", "role", "incarnation", "model", "fingerprint", "block_size", "max_model_len", "max_num_seqs", "pid", "pairing")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -156,6 +156,7 @@ class Description(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    PAIRING_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     incarnation: str
@@ -165,7 +166,8 @@ class Description(_message.Message):
     max_model_len: int
     max_num_seqs: int
     pid: int
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
+    pairing: bytes
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., incarnation: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., pid: _Optional[int] = ..., pairing: _Optional[bytes] = ...) -> None: ...
 
 class WorkerEvent(_message.Message):
     __slots__ = ("sequence", "description", "load", "state", "stored", "removed")

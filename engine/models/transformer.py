@@ -7,7 +7,7 @@ T are the new tokens of all sequences of a step, without padding; R the rows who
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,12 @@ class StepInputs:
     positions: Tensor  # (T,) int64
     rows: Tensor  # (R,) int64: indices into T
     meta: AttentionMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    logits: Tensor  # (R, vocab) float32 on rank 0; elsewhere it means nothing
+    finite: Tensor  # (S,) bool: whether the last hidden states of all of a sequence's new tokens are
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +123,25 @@ class Transformer:
         )
         self.rotary = Rotary(config.rope, config.head_dim, place)
 
-    def forward(self, inputs: StepInputs, attention: AttentionBackend, kv: Sequence[Tensor]) -> Tensor:
-        """Write the KV of all tokens into `kv` (one view a layer); return float32 logits of `inputs.rows`.
+    def forward(
+        self,
+        inputs: StepInputs,
+        attention: AttentionBackend,
+        kv: Sequence[Tensor],
+        after_layer: Callable[[int], None] | None = None,
+    ) -> StepOutput:
+        """Write the KV of all tokens into `kv` (one view a layer); logits of `inputs.rows`.
 
-        They are (R, vocab) on rank 0; on other ranks the result means nothing.
+        `after_layer(index)` is called behind each layer, whose KV of this step is then final.
         """
         context = LayerContext(attention, inputs.meta, self.rotary.angles(inputs.positions))
         x = self.embedding.embed(inputs.token_ids)
-        for layer, layer_kv in zip(self.layers, kv, strict=True):
+        for index, (layer, layer_kv) in enumerate(zip(self.layers, kv, strict=True)):
             x = layer(x, layer_kv, context)
-        return self.head.logits(self.norm(x[inputs.rows])).float()
+            if after_layer is not None:
+                after_layer(index)
+        logits = self.head.logits(self.norm(x[inputs.rows])).float()
+        return StepOutput(logits, all_finite(x, inputs.meta.query_start))
 
     def slots(self) -> Iterator[Slot]:
         """Every checkpoint tensor the model wants, each once, in the order of the layers."""
@@ -136,3 +151,14 @@ class Transformer:
         yield from self.norm.slots()
         if self.head is not self.embedding:
             yield from self.head.slots()
+
+
+def all_finite(x: Tensor, query_start: Tensor) -> Tensor:
+    """(T, hidden), (S + 1,) -> (S,) bool: whether every value of each sequence's rows is finite.
+
+    A NaN in the KV that a token wrote or saw, in any layer, stays in its residual stream, so the last one tells of
+    all layers. 0 · inf and 0 · NaN are NaN, and sums of zeros cannot overflow.
+    """
+    broken = (x * 0).sum(dim=-1) != 0
+    before = F.pad(broken.cumsum(dim=0), (1, 0))  # (T + 1,) broken rows before each
+    return before[query_start[1:]] == before[query_start[:-1]]

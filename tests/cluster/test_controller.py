@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tandem.cluster.controller import MAX_BACKOFF, STABLE_AFTER, Controller, Limits
+from tandem.cluster.controller import MAX_BACKOFF, STABLE_AFTER, STOP_GRACE, Controller, Limits
 from tandem.common.hosted import Report
 from tandem.common.worker_config import Role
 
@@ -21,8 +21,8 @@ class FakeWorker:
     def poll(self, now: float) -> Report | None:
         return self.report
 
-    def drain(self) -> None:
-        self.calls.append("drain")
+    def drain(self, timeout: float) -> None:
+        self.calls.append(f"drain {timeout:g}")
 
     def stop(self) -> None:
         self.calls.append("stop")
@@ -102,13 +102,13 @@ def test_the_youngest_worker_leaves_first_and_is_drained_not_killed() -> None:
     bench.step()
     leaving = bench.launcher.newest("decode-1")
     assert bench.phases["decode-1"] == "draining" and bench.phases["decode-0"] == "ready"
-    assert leaving.calls == ["drain"]
+    assert leaving.calls == ["drain 50"]
     leaving.report = Report("draining")
     bench.step(40)
     assert bench.phases["decode-1"] == "draining"
     leaving.report = Report("stopped")
     bench.step()
-    assert "decode-1" not in bench.phases and leaving.calls == ["drain", "kill"]
+    assert "decode-1" not in bench.phases and leaving.calls == ["drain 50", "kill"]
     assert bench.controller.view().settled
 
 
@@ -130,17 +130,18 @@ def test_youngest_means_started_last_whatever_its_number() -> None:
     assert bench.phases == {"decode-0": "ready", "decode-1": "ready", "decode-2": "draining"}
 
 
-def test_a_drain_that_does_not_end_is_cut_at_its_deadline() -> None:
+def test_a_worker_that_does_not_end_its_drain_by_itself_is_killed() -> None:
+    """At the timeout it gives up what still runs; it has STOP_GRACE seconds to do so."""
     bench = Bench(prefill=0, decode=2)
     bench.all_ready()
     bench.controller.scale({"decode": 1})
     bench.step()
     bench.launcher.newest("decode-1").report = Report("draining")
-    bench.step(49)
+    bench.step(50 + STOP_GRACE - 1)
     assert "decode-1" in bench.phases
     bench.step(2)
     assert "decode-1" not in bench.phases
-    assert bench.launcher.newest("decode-1").calls == ["drain", "kill"]
+    assert bench.launcher.newest("decode-1").calls == ["drain 50", "kill"]
 
 
 def test_growing_while_a_worker_drains_takes_a_fresh_name() -> None:
@@ -244,3 +245,105 @@ def test_stop_asks_every_worker_and_does_not_wait_for_ever() -> None:
     bench.step(4)
     assert not bench.phases
     assert bench.launcher.newest("prefill-0").calls == ["stop", "kill"]
+
+
+def test_a_drained_worker_is_replaced_at_once_and_was_no_failure() -> None:
+    bench = Bench(prefill=1, decode=2)
+    bench.all_ready()
+    assert bench.controller.drain("decode-0", 7.0, bench.now)
+    bench.step()
+    assert bench.phases == {"prefill-0": "ready", "decode-0": "draining", "decode-1": "ready", "decode-2": "loading"}
+    assert bench.launcher.newest("decode-0").calls == ["drain 7"]
+    bench.fail("decode-0", "its process ended")
+    bench.all_ready()
+    assert bench.phases == {"prefill-0": "ready", "decode-1": "ready", "decode-2": "ready"}
+    assert bench.controller.view().settled
+    assert not any(worker.failures for worker in bench.controller.view().workers)
+
+
+def test_only_a_ready_worker_can_be_drained() -> None:
+    bench = Bench(prefill=0, decode=1)
+    bench.step()
+    assert not bench.controller.drain("decode-0", 7.0, bench.now)
+    bench.all_ready()
+    assert not bench.controller.drain("decode-7", 7.0, bench.now)
+    assert bench.controller.drain("decode-0", 7.0, bench.now)
+    assert not bench.controller.drain("decode-0", 7.0, bench.now), "it is leaving already"
+
+
+def test_a_worker_whose_process_was_told_to_leave_is_replaced_before_it_is_gone() -> None:
+    bench = Bench(prefill=0, decode=1)
+    bench.all_ready()
+    bench.launcher.newest("decode-0").report = Report("draining")
+    bench.step()
+    assert bench.phases == {"decode-0": "draining", "decode-1": "loading"}
+    assert not bench.launcher.newest("decode-0").calls
+    bench.fail("decode-0", "its process ended")
+    bench.all_ready()
+    assert bench.phases == {"decode-1": "ready"}
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (0, 1), (2, 2), (1, 3)])
+def test_a_rolling_restart_replaces_every_worker_and_no_pool_is_ever_smaller_by_more_than_one(
+    prefill: int, decode: int
+) -> None:
+    bench = Bench(prefill, decode)
+    bench.all_ready()
+    old = list(bench.launcher.launched)
+    bench.controller.restart()
+    least = {"prefill": max(min(prefill, 1), prefill - 1), "decode": max(1, decode - 1)}
+    for _ in range(200):
+        bench.step()
+        for worker in bench.launcher.launched:
+            if worker.report == Report("loading"):
+                worker.report = Report("ready")
+            elif "drain 50" in worker.calls:
+                worker.report = Report("stopped")
+        view = bench.controller.view()
+        for role, count in least.items():
+            assert sum(w.role == role and w.phase == "ready" for w in view.workers) >= count
+        assert sum(worker.phase == "draining" for worker in view.workers) <= 1
+        if view.settled:
+            break
+    assert bench.controller.view().settled
+    assert all(worker.calls == ["drain 50", "kill"] for worker in old)
+    assert not any(worker.calls for worker in bench.launcher.launched[len(old) :])
+    assert len(bench.launcher.launched) == 2 * len(old)
+
+
+def test_a_rolling_restart_waits_while_a_successor_does_not_come_up() -> None:
+    """New workers that cannot start must not cost the old ones that still serve."""
+    bench = Bench(prefill=0, decode=2)
+    bench.all_ready()
+    bench.controller.restart()
+    bench.step()
+    bench.launcher.newest("decode-0").report = Report("stopped")
+    for _ in range(20):
+        bench.step(5)
+        bench.fail("decode-2", "model.safetensors: truncated")
+    assert bench.phases["decode-1"] == "ready"
+    assert not bench.launcher.newest("decode-1").calls
+    assert not bench.controller.view().settled
+
+
+def test_scaling_down_in_a_rolling_restart_keeps_a_worker_that_serves() -> None:
+    bench = Bench(prefill=0, decode=2)
+    bench.all_ready()
+    bench.controller.restart()
+    bench.step()
+    bench.launcher.newest("decode-0").report = Report("stopped")
+    bench.step()
+    assert bench.phases == {"decode-1": "ready", "decode-2": "loading"}
+    bench.controller.scale({"decode": 1})
+    bench.step()
+    assert bench.phases["decode-1"] == "ready"
+
+
+def test_a_dead_worker_needs_no_second_replacement() -> None:
+    bench = Bench(prefill=0, decode=3)
+    bench.all_ready()
+    bench.controller.restart()
+    bench.fail("decode-1")
+    bench.step()
+    bench.step()
+    assert [worker.outdated for worker in bench.controller.view().workers] == [True, False, True]

@@ -27,7 +27,7 @@ def with_gpus(count: float) -> RaySession:
 def test_a_laptop_has_room_for_any_number_of_workers() -> None:
     spec = launch_spec(ServeOptions(prefill=3, decode=3), "dir", LAPTOP, ENDPOINT)
     for place in spec.placement.values():
-        assert (place.num_cpus, place.num_gpus, place.resources, place.env) == (0.0, 0.0, {}, {})
+        assert (place.num_cpus, place.num_gpus, place.resources, place.sharing) == (0.0, 0.0, {}, 0)
     assert spec.placement["prefill"].niceness > spec.placement["decode"].niceness == 0
     assert spec.host == "127.0.0.1"
 
@@ -43,8 +43,15 @@ def test_node_groups_are_chosen_by_their_custom_resource() -> None:
     spec = launch_spec(REMOTE, "dir", KUBERAY, ENDPOINT)
     assert spec.placement["prefill"].resources == {"prefill": 1.0}
     assert spec.placement["decode"].resources == {"decode": 1.0}
-    assert "OMP_NUM_THREADS" in spec.placement["decode"].env
+    assert spec.placement["decode"].sharing == 1, "a node made for a role gives its cores to one worker"
     assert spec.host == "", "each worker listens on its own node's address"
+
+
+def test_workers_on_plain_nodes_divide_their_cores() -> None:
+    """By the node's count of cores, which only the worker knows: not by those of the machine that asks."""
+    plain = replace(KUBERAY, resources={"CPU": 64.0})
+    spec = launch_spec(replace(REMOTE, prefill=2, decode=2), "dir", plain, ENDPOINT)
+    assert {place.sharing for place in spec.placement.values()} == {2}, "four workers on three nodes"
 
 
 @pytest.mark.parametrize(("gpus", "workers", "share"), [(1, 2, 0.5), (1, 3, 0.3333), (2, 3, 0.5), (2, 4, 0.5)])

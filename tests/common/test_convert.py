@@ -65,7 +65,7 @@ LOGPROBS = st.builds(
 )
 TOKENS = st.builds(Token, U32, U32, U32, st.sampled_from(["", "stop", "length"]), st.none() | LOGPROBS)
 STATS = st.builds(LegStats, SECONDS, SECONDS, SECONDS, U32)
-DESCRIPTION = Description("prefill-0", "prefill", "ab12", "f00", bytes(32), 16, 4096, 8, 77)
+DESCRIPTION = Description("prefill-0", "prefill", "ab12", "f00", bytes(32), bytes(32), 16, 4096, 8, 77)
 HASHES = st.lists(st.binary(min_size=32, max_size=32), max_size=4).map(tuple)
 
 
@@ -234,9 +234,20 @@ def event(**changes: Any) -> pb.WorkerEvent:
         event(stored=[b"short"]),
         event(removed=[bytes(33)]),
         event(description=pb.Description()),
-        event(description=pb.Description(name="n", role="both", incarnation="i", fingerprint=bytes(32))),
-        event(description=pb.Description(name="n", role="decode", incarnation="i", fingerprint=bytes(31))),
+        event(
+            description=pb.Description(name="n", role="both", incarnation="i", fingerprint=bytes(32), pairing=bytes(32))
+        ),
+        event(
+            description=pb.Description(
+                name="n", role="decode", incarnation="i", fingerprint=bytes(31), pairing=bytes(32)
+            )
+        ),
         event(description=pb.Description(name="n", role="decode", incarnation="i", fingerprint=bytes(32))),
+        event(
+            description=pb.Description(
+                name="n", role="decode", incarnation="i", fingerprint=bytes(32), pairing=bytes(32)
+            )
+        ),
     ],
 )
 def test_impossible_event_is_the_workers_fault(message: pb.WorkerEvent) -> None:

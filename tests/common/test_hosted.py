@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 
 import pytest
 
 from tandem.common.errors import ModelError
-from tandem.common.hosted import HostedWorker, HostOptions, OnProgress, Phase
+from tandem.common.hosted import KEEPER_INTERVAL, HostedWorker, HostOptions, OnProgress, Phase
 
 
 class FakeServer:
@@ -17,7 +22,8 @@ class FakeServer:
 
     def __init__(self) -> None:
         self.may_finish = threading.Event()
-        self.stopped = False
+        self.drains: list[float] = []
+        self.stops = 0
         self.alive = True
 
     def describe(self) -> Mapping[str, object]:
@@ -26,12 +32,18 @@ class FakeServer:
     def healthy(self) -> bool:
         return self.alive
 
-    def drain(self) -> None:
-        assert self.may_finish.wait(10.0)
+    def drain(self, timeout: float) -> bool:
+        self.drains.append(timeout)
+        return self.may_finish.wait(min(timeout, 10.0))
 
     def stop(self) -> None:
+        self.stops += 1
         self.alive = False
-        self.stopped = True
+        self.may_finish.set()
+
+    @property
+    def stopped(self) -> bool:
+        return self.stops > 0
 
 
 def reach(worker: HostedWorker, phase: Phase) -> None:
@@ -73,12 +85,46 @@ def test_draining_ends_in_a_stopped_server() -> None:
     server = FakeServer()
     worker = host(lambda _: server)
     reach(worker, "ready")
-    worker.drain()
+    worker.drain(9.0)
     reach(worker, "draining")
     assert not server.stopped
     server.may_finish.set()
     reach(worker, "stopped")
+    assert (server.drains, server.stops) == ([9.0], 1)
+
+
+def test_what_does_not_end_in_time_is_given_up() -> None:
+    server = FakeServer()
+    worker = host(lambda _: server)
+    reach(worker, "ready")
+    worker.drain(0.01)
+    reach(worker, "stopped")
     assert server.stopped
+
+
+def test_draining_twice_is_draining_once() -> None:
+    server = FakeServer()
+    worker = host(lambda _: server)
+    reach(worker, "ready")
+    worker.drain(9.0)
+    reach(worker, "draining")
+    worker.drain(9.0)
+    until(lambda: sum(thread.name == "drain" for thread in threading.enumerate()) == 1)  # the second has returned
+    assert worker.report().phase == "draining" and not server.stopped
+    server.may_finish.set()
+    reach(worker, "stopped")
+    assert (len(server.drains), server.stops) == (1, 1)
+
+
+def test_stopping_cuts_a_drain_short() -> None:
+    server = FakeServer()
+    worker = host(lambda _: server)
+    reach(worker, "ready")
+    worker.drain(9.0)
+    reach(worker, "draining")
+    worker.stop()
+    reach(worker, "stopped")
+    assert server.stops == 1
 
 
 def test_a_dead_loop_is_a_failure_that_another_start_may_heal() -> None:
@@ -125,3 +171,81 @@ def test_stopping_while_it_loads_stops_the_server_that_comes_late() -> None:
     loaded.set()
     until(lambda: server.stopped)
     assert worker.report().phase == "stopped"
+
+
+# A process whose main thread is deep in native code, as an actor's in Ray's loop: no Python handler runs there.
+_PROCESS = """
+import hashlib, sys, threading
+from tandem.common.hosted import HostedWorker, HostOptions
+
+class Server:
+    incarnation = "abc"
+    def describe(self): return {}
+    def healthy(self): return True
+    def drain(self, timeout):
+        print("draining", timeout, flush=True)
+        return MAY_FINISH.wait(60)
+    def stop(self): print("stopped", flush=True)
+
+MAY_FINISH = threading.Event()
+def wait(): sys.stdin.readline(); MAY_FINISH.set()
+threading.Thread(target=wait, daemon=True).start()
+worker = HostedWorker("decode-0", lambda _: Server(), HostOptions(drain_timeout=7.0, keeper=KEEPER))
+worker.leave_on_sigterm()
+while worker.report().phase != "ready": pass
+print("ready", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
+"""
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[str]]:
+    with start_process() as child:
+        yield child
+
+
+@contextmanager
+def start_process(keeper: int = 0) -> Generator[subprocess.Popen[str]]:
+    script = _PROCESS.replace("KEEPER", str(keeper))
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, text=True) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "ready\n"
+            yield child
+        finally:
+            child.kill()
+
+
+def test_sigterm_drains_and_ends_the_process_in_order(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None and process.stdout is not None
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "draining 7.0\n"
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "stopped\n"
+    assert process.wait(10.0) == 0
+
+
+def test_a_second_sigterm_ends_it_at_once(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "draining 7.0\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(1.0) == 128 + signal.SIGTERM
+
+
+def test_a_worker_whose_keeper_is_gone_ends() -> None:
+    """Its Ray may be gone, and the process that would tidy up too: it must not serve nobody for ever."""
+    with subprocess.Popen(["sleep", "60"]) as keeper, start_process(keeper.pid) as child:
+        keeper.kill()
+        keeper.wait(5.0)
+        assert child.wait(KEEPER_INTERVAL + 5.0) == 1
+
+
+def test_workers_that_share_a_machine_divide_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "77")
+    HostedWorker("decode-0", lambda _: FakeServer(), HostOptions(sharing=1))
+    assert os.environ["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+    HostedWorker("decode-0", lambda _: FakeServer(), HostOptions(sharing=10_000))
+    assert os.environ["OMP_NUM_THREADS"] == "1"

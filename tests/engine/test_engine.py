@@ -116,18 +116,75 @@ def test_a_poisoned_sequence_does_not_disturb_the_others(qwen: Loaded) -> None:
     greedy = Greedy(qwen.engine)
     sick, well = (greedy.add(prompt, 1) for prompt in prompts)
     greedy.run()
-    qwen.engine.store.write(sick.blocks[:1], torch.full((1, qwen.engine.layout.block_bytes), 0xFF, dtype=torch.uint8))
+    spoil(qwen.engine, sick.blocks[:1])
     failed, good = qwen.engine.forward([Scheduled(sick, 1), Scheduled(well, 1)])
     assert failed.sequence is sick and failed.error and not failed.token_ids
     assert good.token_ids == (oracle_generate(qwen.oracle, prompts[1], 2)[1],)
+    qwen.engine.store.zero(sick.blocks)
 
 
-def test_stale_nan_behind_a_sequence_is_not_seen(qwen: Loaded) -> None:
+def spoil(engine: Engine, blocks: list[int]) -> None:
+    engine.store.write(blocks, torch.full((len(blocks), engine.layout.block_bytes), 0xFF, dtype=torch.uint8))
+
+
+def test_a_poisoned_prompt_is_told_of_before_it_samples(qwen: Loaded) -> None:
+    """A chunk that ends before its prompt does has no logits, but what it computed must not be published or sent."""
+    sick, well, fresh = (sequence(tokens(40, seed), list(range(at, at + 5))) for seed, at in ((1, 0), (2, 5), (3, 10)))
+    assert qwen.engine.forward([Scheduled(one, 16) for one in (sick, well)]) == []
+    sick.computed = well.computed = 16
+    spoil(qwen.engine, sick.blocks[:1])
+    (failed,) = qwen.engine.forward([Scheduled(well, 8), Scheduled(sick, 8), Scheduled(fresh, 1)])
+    assert failed.sequence is sick and "not finite" in failed.error and not failed.token_ids
+    assert torch.isfinite(qwen.engine.store.read(well.blocks[:3]).view(torch.float32)).all()
+    qwen.engine.store.zero(sick.blocks)
+    assert not qwen.engine.store.read(sick.blocks).any()
+
+
+def test_one_bad_token_in_the_midst_of_a_chunk_is_enough(qwen: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedding = qwen.engine._rank.runner._model.embedding
+    embed = embedding.embed
+
+    def spoiled(ids: torch.Tensor) -> torch.Tensor:
+        hidden = embed(ids).clone()
+        hidden[12, 3] = float("inf")  # the third token of the second sequence
+        return hidden
+
+    monkeypatch.setattr(embedding, "embed", spoiled)
+    first, second = sequence(tokens(10, 1), [0, 1]), sequence(tokens(10, 2), [2, 3])
+    good, failed = qwen.engine.forward([Scheduled(first, 10), Scheduled(second, 9 + 1)])
+    assert (good.sequence, good.error) == (first, "") and failed.sequence is second and failed.error
+    qwen.engine.store.zero(second.blocks)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_stale_nan_behind_a_sequence_is_not_seen(qwen: Loaded, backend: str) -> None:
     """A block is not wiped when it changes hands: what lies behind the new owner's tokens must not count."""
-    nan = torch.full((2, qwen.engine.layout.block_bytes), 0xFF, dtype=torch.uint8)
-    qwen.engine.store.write([0, 1], nan)
-    assert generate(qwen.engine, [tokens(3, 9)], COUNT) == [oracle_generate(qwen.oracle, tokens(3, 9), COUNT)]
-    qwen.engine.store.write([0, 1], torch.zeros_like(nan))
+    engine = Engine.load(engine_config(qwen.directory, attention_backend=backend))
+    spoil(engine, list(range(engine.num_blocks)))
+    prompts = [tokens(3, 9), tokens(17, 9)]
+    assert generate(engine, prompts, COUNT) == [oracle_generate(qwen.oracle, prompt, COUNT) for prompt in prompts]
+
+
+@pytest.mark.parametrize(("group", "calls"), [(1, [(0, 1), (1, 1)]), (2, [(0, 2)]), (5, [(0, 2)])])
+def test_groups_of_layers_are_final_when_they_are_told(qwen: Loaded, group: int, calls: list[tuple[int, int]]) -> None:
+    store, layer_bytes = qwen.engine.store, qwen.engine.layout.layer_bytes
+    one, other = sequence(tokens(20, 4), [4, 2, 9]), sequence(tokens(3, 5), [7])
+    store.zero([4, 2, 9, 7])
+    seen = list[tuple[int, int]]()
+    bytes_then = list[torch.Tensor]()
+
+    def on_layers(first: int, count: int) -> None:
+        seen.append((first, count))
+        assert store.memory is not None
+        rows = store.memory[[4, 2, 9, 7]]
+        bytes_then.append(rows[:, first * layer_bytes : (first + count) * layer_bytes].clone())
+        assert rows[:, : first * layer_bytes].any() == (first > 0)
+        assert not rows[:, (first + count) * layer_bytes :].any(), "later layers are not computed yet"
+
+    with_hook = qwen.engine.forward([Scheduled(one, 20), Scheduled(other, 3)], on_layers, group)
+    assert seen == calls
+    assert torch.equal(torch.cat(bytes_then, dim=1), store.read([4, 2, 9, 7])) and bytes_then[0].any()
+    assert with_hook == qwen.engine.forward([Scheduled(one, 20), Scheduled(other, 3)])
 
 
 def test_what_the_engine_says_about_itself(qwen: Loaded, caplog: pytest.LogCaptureFixture) -> None:

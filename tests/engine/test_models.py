@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tandem.engine.batch import Scheduled, build_batch
 from tandem.engine.group import Group
+from tandem.engine.models.transformer import all_finite
 from tandem.engine.plan import Plan
 from tandem.engine.rank import Rank
 from tandem.engine.runner import pack
@@ -45,7 +46,7 @@ def step(rank: Rank, *work: tuple[Sequence, int]) -> list[Tensor]:
     """Compute so many tokens of each sequence; the logits of all of them, (tokens, vocab) a sequence."""
     batch = build_batch([Scheduled(item, count) for item, count in work])
     everything = replace(batch, sample_rows=list(range(len(batch.token_ids))))
-    logits = rank.runner.forward(pack(everything, BLOCK))
+    logits = rank.runner.forward(pack(everything, BLOCK)).logits
     for item, count in work:
         item.computed += count
     return list(logits.split([count for _, count in work]))
@@ -89,10 +90,10 @@ def test_a_sliding_window_matters(family: Family) -> None:
 def test_only_the_wanted_rows_have_logits(family: Family) -> None:
     rank = family.rank()
     done, partial = sequence(tokens(6, 1), [0]), sequence(tokens(9, 2), [1, 2])
-    logits = rank.runner.forward(pack(build_batch([Scheduled(partial, 4), Scheduled(done, 6)]), BLOCK))
+    logits = rank.runner.forward(pack(build_batch([Scheduled(partial, 4), Scheduled(done, 6)]), BLOCK)).logits
     assert logits.shape == (1, family.oracle.config.vocab_size)
     assert (logits[0] - oracle_logits(family.oracle, done.token_ids)[-1]).abs().max() < TOLERANCE
-    assert rank.runner.forward(pack(build_batch([Scheduled(partial, 4)]), BLOCK)).shape[0] == 0
+    assert rank.runner.forward(pack(build_batch([Scheduled(partial, 4)]), BLOCK)).logits.shape[0] == 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -103,3 +104,15 @@ def test_half_precision_is_close(family: Family, dtype: str) -> None:
     wanted = oracle_logits(family.oracle, item.token_ids)
     error = (logits - wanted).norm() / wanted.norm()
     assert error < (0.08 if dtype == "bfloat16" else 0.01)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finiteness_is_told_of_each_sequence(value: float, dtype: torch.dtype) -> None:
+    x = torch.full((6, 8), 60000.0, dtype=dtype)  # their sum overflows float16
+    starts = torch.tensor([0, 1, 4, 6], dtype=torch.int32)
+    assert all_finite(x, starts).tolist() == [True, True, True]
+    x[3, 5] = value
+    assert all_finite(x, starts).tolist() == [True, False, True]
+    x[0, 0], x[5, 7] = value, -value
+    assert all_finite(x, starts).tolist() == [False, False, False]

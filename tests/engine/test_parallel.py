@@ -83,8 +83,30 @@ def test_blocks_survive_the_round_trip(one: Engine, two: Engine) -> None:
     assert torch.equal(two.store.read([4, 9]), payload[[3, 0]])
     two.store.copy(30, 11)
     assert torch.equal(two.store.read([11]), payload[2:3])
+    layers = payload[:, two.layout.layer_bytes :]  # of the second layer on
+    two.store.write([50, 51, 52, 53], layers, first_layer=1, num_layers=two.layout.layers - 1)
+    assert torch.equal(two.store.read([50, 51, 52, 53])[:, two.layout.layer_bytes :], layers)
+    assert not two.store.read([50, 51, 52, 53])[:, : two.layout.layer_bytes].any()
+    two.store.zero([51, 53])
+    assert not two.store.read([51, 53]).any() and two.store.read([50]).any() and two.store.read([52]).any()
     one.store.write([5, 6, 7, 8], two.store.read([9, 2, 30, 4]))
     assert torch.equal(one.store.read([5, 6, 7, 8]), payload)
+
+
+def test_two_ranks_have_no_memory_in_one_piece(two: Engine) -> None:
+    calls = list[tuple[int, int]]()
+    item = sequence(tokens(5, 2), [70])
+    assert two.forward([Scheduled(item, 5)], lambda *layers: calls.append(layers))
+    assert calls == [] and two.store.memory is None and two.store.fd is None
+
+
+def test_a_poisoned_prompt_on_two_ranks(two: Engine) -> None:
+    item = sequence(tokens(30, 2), [71, 72, 73, 74])
+    item.computed = 8
+    two.store.write([71], torch.full((1, two.layout.block_bytes), 0xFF, dtype=torch.uint8))
+    (failed,) = two.forward([Scheduled(item, 8)])
+    assert failed.error
+    two.store.zero(item.blocks)
 
 
 @pytest.mark.parametrize("one_prefills", [True, False])

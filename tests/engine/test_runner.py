@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from tandem.common.errors import ConfigError
 from tandem.common.kv_layout import KVLayout
 from tandem.engine.batch import Batch
 from tandem.engine.kv_cache import PagedKVCache, local_layout
@@ -99,3 +106,90 @@ class TestCache:
         cache.tensor[2] = 3.0
         cache.copy(2, 0)
         assert (cache.tensor[0] == 3.0).all() and not cache.tensor[1].any()
+
+    def test_layers_of_blocks(self) -> None:
+        cache = PagedKVCache(LAYOUT, 4, CPU)
+        payload = torch.arange(2 * 2 * LAYOUT.layer_bytes).to(torch.uint8).view(2, -1)
+        cache.write([3, 1], payload, first_layer=1, num_layers=2)
+        assert torch.equal(cache.read([3, 1])[:, LAYOUT.layer_bytes :], payload)
+        assert not cache.tensor[:, 0].any() and not cache.tensor[[0, 2]].any()
+        with pytest.raises(AssertionError):
+            cache.write([0], payload[:1], first_layer=1, num_layers=1)
+
+    def test_zero(self) -> None:
+        cache = PagedKVCache(LAYOUT, 3, CPU)
+        cache.tensor.fill_(float("nan"))
+        cache.zero([2, 0])
+        cache.zero([])
+        assert not cache.tensor[[0, 2]].any() and cache.tensor[1].isnan().all()
+
+    def test_memory_is_the_cache_itself(self) -> None:
+        cache = PagedKVCache(LAYOUT, 3, CPU)
+        cache.memory[1] = 1
+        assert cache.memory.shape == (3, LAYOUT.block_bytes) and cache.read([1]).eq(1).all()
+        assert cache.fence() is None
+
+
+READER = """
+import mmap, os, sys
+with open(f"/proc/{sys.argv[1]}/fd/{sys.argv[2]}", "r+b") as file:
+    size = os.fstat(file.fileno()).st_size
+    shared = mmap.mmap(file.fileno(), size)
+    print(size, shared[7])
+    shared[8] = 99
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory files and /proc are Linux's")
+class TestSharedMemory:
+    def test_another_process_of_this_user_sees_and_changes_it(self) -> None:
+        cache = PagedKVCache(LAYOUT, 5, CPU)
+        cache.memory[0, 7] = 42
+        command = [sys.executable, "-c", READER, str(os.getpid()), str(cache.fd)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.split() == [str(5 * LAYOUT.block_bytes), "42"]
+        assert cache.memory[0, 8] == 99
+
+    def test_child_programs_do_not_inherit_it(self) -> None:
+        cache = PagedKVCache(LAYOUT, 1, CPU)
+        assert cache.fd is not None and not os.get_inheritable(cache.fd)
+        command = ["ls", "-l", "/proc/self/fd"]
+        done = subprocess.run(command, close_fds=False, capture_output=True, text=True, timeout=60, check=True)
+        assert "->" in done.stdout and "tandem-kv" not in done.stdout
+
+    def test_close_ends_sharing_and_nothing_else(self) -> None:
+        cache = PagedKVCache(LAYOUT, 1, CPU)
+        cache.close()
+        cache.close()
+        cache.memory.fill_(3)
+        assert cache.fd is None and cache.read([0]).eq(3).all()
+
+    def test_descriptors_and_memory_go_with_the_cache(self) -> None:
+        gc.collect()
+        before = os.listdir("/proc/self/fd")
+        caches = [PagedKVCache(LAYOUT, 1, CPU) for _ in range(5)]
+        assert len(os.listdir("/proc/self/fd")) > len(before)
+        caches.clear()
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+
+    def test_unused_blocks_take_no_memory(self) -> None:
+        cache = PagedKVCache(LAYOUT, (256 << 20) // LAYOUT.block_bytes, CPU)
+        assert cache.fd is not None
+        cache.write([5], cache.read([4]).fill_(1))
+        assert os.fstat(cache.fd).st_blocks * 512 <= 1 << 20 < os.fstat(cache.fd).st_size
+
+    def test_only_a_cache_on_the_host_that_is_whole_is_shared(self) -> None:
+        assert PagedKVCache(LAYOUT, 1, CPU, world=2).fd is None
+
+    def test_without_memory_files_it_is_private(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(os, "memfd_create")
+        cache = PagedKVCache(LAYOUT, 2, CPU)
+        cache.memory[1] = 5
+        assert cache.fd is None and cache.read([1]).eq(5).all()
+        cache.close()
+
+    def test_more_than_the_machine_has_is_refused(self) -> None:
+        blocks = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // LAYOUT.block_bytes + 1
+        with pytest.raises(ConfigError, match="lower kv_cache_memory_bytes"):
+            PagedKVCache(LAYOUT, blocks, CPU)

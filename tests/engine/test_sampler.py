@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from tandem.common.request import Leg, SamplingParams
+from tandem.engine import sampler
 from tandem.engine.batch import Sampled
-from tandem.engine.sampler import sample, uniform
+from tandem.engine.sampler import look, uniform
 from tandem.engine.sequence import Sequence
 
 VOCAB = 50
@@ -37,6 +38,10 @@ def make(prompt: list[int] | None = None, output: list[int] | None = None, **sam
 
 def make_logits(rows: int, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[Sampled]:
+    return sampler.sample(logits, sequences, look(logits, torch.empty(0, dtype=torch.bool))[0])
 
 
 def one(logits: torch.Tensor, sequence: Sequence) -> int:
@@ -313,7 +318,7 @@ def test_a_poisoned_row_is_an_error_of_its_own(poison: list[float]) -> None:
         poisoned = logits.clone()
         poisoned[row, : len(poison)] = torch.tensor(poison)
         expected = [*healthy]
-        expected[row] = Sampled(sequence, (), (), "the model computed logits that are not finite")
+        expected[row] = Sampled(sequence, (), (), "the model computed values that are not finite")
         assert sample(poisoned, sequences) == expected
 
 
@@ -321,6 +326,29 @@ def test_a_token_the_model_forbids_is_no_poison() -> None:
     logits = torch.full((2, VOCAB), -math.inf)
     logits[:, 4] = 1.0
     assert [s.token_ids for s in sample(logits, [make(), make(temperature=1.0, top_p=0.9, top_k=9)])] == [(4,), (4,)]
+
+
+def test_a_row_whose_sampling_raises_is_an_error_of_its_own() -> None:
+    """A seed that is no unsigned 64-bit number cannot be hashed; the router never lets one through."""
+    logits, sequences = make_logits(8), mixed_batch()
+    healthy = sample(logits, sequences)
+    sequences[3] = make(temperature=1.0, seed=-1)
+    results = sample(logits, sequences)
+    assert "sampling failed" in results[3].error and not results[3].token_ids
+    assert results[:3] + results[4:] == healthy[:3] + healthy[4:]
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, VOCAB + 5])
+def test_a_token_outside_the_vocabulary_is_an_error_of_its_row(token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = sampler._choose
+    monkeypatch.setattr(sampler, "_choose", lambda *inputs: [[token], *choose(*inputs)[1:]])
+    failed, good = sample(make_logits(2), [make(temperature=1.0), make(temperature=1.0)])
+    assert str(token) in failed.error and not failed.token_ids and not good.error
+
+
+def test_logprobs_that_fail_are_an_error_of_their_row() -> None:
+    failed, good = sample(make_logits(2), [make(logprobs=-3), make(logprobs=2)])
+    assert failed.error and not good.error
 
 
 def test_nothing_left_to_choose_is_an_error() -> None:

@@ -34,9 +34,15 @@ START: dict[str, Callable[[WorkerConfig, EngineConfig], Server]] = {
 
 class LocalCluster:
     def __init__(
-        self, engine: EngineConfig, prefill: int = 1, decode: int = 1, router_flags: tuple[str, ...] = ()
+        self,
+        engine: EngineConfig,
+        prefill: int = 1,
+        decode: int = 1,
+        router_flags: tuple[str, ...] = (),
+        kv_connector: str = "auto",
     ) -> None:
         self.engine = engine
+        self._connector = kv_connector
         self.key = secrets.token_bytes(32)
         self._directory = tempfile.TemporaryDirectory(prefix="tandem-test-")
         self._redis = LocalRedis(Path(self._directory.name) / "redis.sock")
@@ -78,7 +84,9 @@ class LocalCluster:
 
     def add(self, role: Role, index: int) -> Server:
         name = f"{role}-{index}"
-        config = WorkerConfig(name=name, role=role, redis_url=self._redis.url, cluster_key=self.key)
+        config = WorkerConfig(
+            name=name, role=role, redis_url=self._redis.url, cluster_key=self.key, kv_connector=self._connector
+        )
         self.workers[name] = START[role](config, self.engine)
         return self.workers[name]
 

@@ -139,10 +139,54 @@ def test_scaling_under_load_loses_no_request(cluster: Cluster) -> None:
     assert {worker["name"] for worker in cluster.status()["workers"]} == {"prefill-0", "decode-0"}
 
 
-@pytest.mark.parametrize("name", ["decode-0", "prefill-0"])
-def test_a_killed_worker_comes_back_and_no_answer_is_lost_or_wrong(cluster: Cluster, name: str) -> None:
+def test_a_rolling_restart_under_load_loses_no_request(cluster: Cluster) -> None:
+    """With one worker per pool, so each successor is ready before its predecessor leaves."""
+    before = {worker["incarnation"]: worker["pid"] for worker in cluster.status()["workers"]}
+
+    def restart() -> None:
+        done = cluster.run("restart", timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    load = asyncio.run(under_load(cluster, restart))
+    assert not load.failures
+    workers = cluster.status()["workers"]
+    assert sorted(worker["role"] for worker in workers) == ["decode", "prefill"]
+    assert not {worker["incarnation"] for worker in workers} & before.keys()
+    assert not any(psutil.pid_exists(pid) for pid in before.values())
+
+
+def test_sigterm_drains_a_worker_and_its_successor_takes_over(cluster: Cluster) -> None:
+    before = next(worker for worker in cluster.status()["workers"] if worker["role"] == "prefill")
+
+    def leave() -> None:
+        os.kill(before["pid"], signal.SIGTERM)
+        cluster.wait_until(lambda: not psutil.pid_exists(before["pid"]), 60, "its end")
+        cluster.wait_until(lambda: has_one(cluster, "prefill"), 60, "its successor")
+
+    load = asyncio.run(under_load(cluster, leave))
+    assert not load.failures
+    assert "starting it again" not in cluster.output.rpartition(before["name"])[2], "it left, it did not fail"
+
+
+def has_one(cluster: Cluster, role: str) -> bool:
+    return [worker["state"] for worker in cluster.status()["workers"] if worker["role"] == role] == ["ready"]
+
+
+def test_draining_a_worker_by_name(cluster: Cluster) -> None:
+    name = next(worker["name"] for worker in cluster.status()["workers"] if worker["role"] == "decode")
     before = cluster.worker(name)
-    assert before is not None
+    refused = cluster.run("drain", "decode-77")
+    assert refused.returncode == 1 and "decode-77" in refused.stderr and name in refused.stderr
+    done = cluster.run("drain", name, "--timeout", "30", timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert before is not None and not psutil.pid_exists(before["pid"])
+    cluster.wait_until(lambda: has_one(cluster, "decode"), 20, "its successor")
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+def test_a_killed_worker_comes_back_and_no_answer_is_lost_or_wrong(cluster: Cluster, role: str) -> None:
+    before = next(worker for worker in cluster.status()["workers"] if worker["role"] == role)
+    name = before["name"]
 
     def kill_and_wait() -> None:
         os.kill(before["pid"], signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,8 +26,12 @@ def digest(block: int) -> bytes:
     return bytes([block]) * 16
 
 
+def grant(first: int, blocks: int) -> Grant:
+    return Grant(ID, GENERATION, first, blocks, LAYOUT.block_size, ())
+
+
 def make_landing() -> Landing:
-    return Landing(Grant(ID, GENERATION, FIRST, BLOCKS), LOCAL, TOKENS, HASHES, LAYOUT)
+    return Landing(grant(FIRST, BLOCKS), LOCAL, TOKENS, HASHES, LAYOUT)
 
 
 def make_frame(first: int, count: int, **changes) -> Frame:
@@ -40,6 +45,9 @@ def make_manifest(**changes) -> Manifest:
     return dataclasses.replace(Manifest(ID, GENERATION, TOKENS, HASHES, digests, (1,)), **changes)
 
 
+DIGESTS = make_manifest().digests
+
+
 def land_all(landing: Landing) -> None:
     assert landing.accept(make_frame(4, 3)) == [33, 5, 41]
     assert landing.accept(make_frame(2, 2)) == [70, 12]
@@ -48,8 +56,24 @@ def land_all(landing: Landing) -> None:
 def test_frames_in_any_order_then_the_manifest():
     landing = make_landing()
     land_all(landing)
-    assert landing.landed == BLOCKS
     landing.verify(make_manifest())
+
+
+def test_layer_groups_of_a_block_land_apart():
+    landing = make_landing()
+    assert landing.accept(make_frame(4, 3)) == [33, 5, 41]
+    low = make_frame(2, 2, num_layers=2, num_bytes=2 * 2 * LAYOUT.layer_bytes)
+    high = make_frame(2, 2, first_layer=2, num_layers=1, num_bytes=2 * LAYOUT.layer_bytes)
+    assert landing.accept(high) == [70, 12]
+    with pytest.raises(TransferFailed, match="2 granted blocks never landed, the first is block 2"):
+        landing.verify(make_manifest())
+    with pytest.raises(TransferFailed, match="repeats"):
+        landing.accept(make_frame(2, 2))
+    assert landing.accept(low) == [70, 12]
+    joined = tuple(xxhash.xxh3_128_digest(2 * digest(block)) for block in (2, 3))
+    landing.verify(make_manifest(digests=joined + DIGESTS[2:]))
+    with pytest.raises(TransferFailed, match="digests"):
+        landing.verify(make_manifest())
 
 
 @pytest.mark.parametrize(
@@ -67,6 +91,8 @@ def test_frames_in_any_order_then_the_manifest():
         make_frame(2, 2, first_layer=1),
         make_frame(2, 2, num_layers=2),
         make_frame(2, 2, first_layer=1, num_layers=2),
+        make_frame(2, 2, first_layer=3, num_layers=1, num_bytes=2 * LAYOUT.layer_bytes),
+        make_frame(2, 2, num_layers=0, num_bytes=0),
         make_frame(2, 2, num_bytes=LAYOUT.block_bytes),
         make_frame(2, 2, num_bytes=3 * LAYOUT.block_bytes),
         make_frame(2, 2, digests=(digest(2),)),
@@ -78,7 +104,6 @@ def test_a_frame_that_does_not_fit_is_refused_and_changes_nothing(frame):
     landing = make_landing()
     with pytest.raises(TransferFailed):
         landing.accept(frame)
-    assert landing.landed == 0
     land_all(landing)
     landing.verify(make_manifest())
 
@@ -89,10 +114,8 @@ def test_a_block_lands_once():
     for first, count in ((3, 1), (2, 2), (3, 2), (2, 5)):
         with pytest.raises(TransferFailed, match="repeats"):
             landing.accept(make_frame(first, count))
-    assert landing.landed == 1
-
-
-DIGESTS = make_manifest().digests
+    with pytest.raises(TransferFailed, match="4 granted blocks never landed"):
+        landing.verify(make_manifest())
 
 
 @pytest.mark.parametrize(
@@ -131,7 +154,7 @@ def test_a_block_that_never_landed_is_refused_whatever_the_manifest_says():
 
 
 def test_a_grant_of_nothing_needs_only_the_manifest():
-    landing = Landing(Grant(ID, GENERATION, 6, 0), [], 24, HASHES, LAYOUT)
+    landing = Landing(grant(6, 0), [], 24, HASHES, LAYOUT)
     with pytest.raises(TransferFailed):
         landing.accept(make_frame(6, 1))
     landing.verify(make_manifest(num_tokens=24, digests=()))

@@ -18,8 +18,10 @@ from tandem.common.handoff import (
     Frame,
     FrameError,
     Grant,
+    Heartbeat,
     Manifest,
     Refuse,
+    Released,
     Rendezvous,
     Reserve,
     Ticket,
@@ -28,7 +30,7 @@ from tandem.common.handoff import (
     encode,
 )
 
-KINDS = (Reserve, Grant, Refuse, Frame, Manifest, Ack, Abort, Rendezvous)
+KINDS = (Reserve, Grant, Refuse, Frame, Manifest, Ack, Abort, Rendezvous, Released, Heartbeat)
 KEY = b"k" * 32
 INT = st.integers(0, (1 << 63) - 1)
 VALUES: dict[object, st.SearchStrategy] = {
@@ -127,6 +129,10 @@ def test_a_message_changed_in_one_place(message, data):
         pack([1, b"ticket", 5, 5]),
         pack([True, b"ticket", 5]),
         pack([99]),
+        pack([9, b"i"]),
+        pack([10, [b"i", 5]]),
+        pack([2, b"i", 1, 0, 4, 16, [-1]]),
+        pack([2, b"i", 1, 0, 4]),
         pack([[1], b"ticket", 5]),
         pack({"a": 1}),
         pack([1, msgpack.ExtType(5, b"x"), 5]),

@@ -50,14 +50,6 @@ def test_take_fails_at_its_deadline_and_when_closed():
         box.take("k", soon())
 
 
-def test_unequal_terms_are_refused_and_equal_ones_are_not():
-    box = Mailbox(Recorder())
-    box.deliver(Rendezvous("terms/1", b"gloo|aa"))
-    box.agree(0, b"gloo|aa", soon())
-    with pytest.raises(TransferFailed, match="cannot pair"):
-        box.agree(0, b"nccl|aa", soon())
-
-
 def test_a_peer_cannot_fill_the_memory():
     box = Mailbox(Recorder())
     with pytest.raises(TransferFailed):

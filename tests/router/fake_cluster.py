@@ -33,6 +33,7 @@ from tandem.common.worker_config import Role
 from tandem.common.worker_info import Description, Load, WorkerEvent, WorkerState
 from tandem.router.__main__ import listen
 from tandem.router.app import Services, create_app
+from tandem.router.http_protocol import BoundedHeadProtocol
 from tandem.router.settings import RouterSettings
 
 KEY = b"k" * 32
@@ -89,14 +90,15 @@ class FakeWorker(services.WorkerServicer, services.PrefillWorkerServicer, servic
     def __post_init__(self) -> None:
         self.incarnation = secrets.token_hex(8)
         self.changed = asyncio.Event()
+        self.end_watch = asyncio.Event()  # the stream ends at the next change
         self.all_left = asyncio.Event()
 
     async def start(self) -> None:
-        self.server = rpc.create_server(KEY)
+        self.server = rpc.create_server()
         services.add_WorkerServicer_to_server(self, self.server)
         services.add_PrefillWorkerServicer_to_server(self, self.server)
         services.add_DecodeWorkerServicer_to_server(self, self.server)
-        self.port = rpc.bind(self.server, "127.0.0.1", 0)
+        self.port = rpc.bind(self.server, "127.0.0.1", 0, KEY)
         self.address = rpc.format_address("127.0.0.1", self.port)
         await self.server.start()
 
@@ -112,7 +114,7 @@ class FakeWorker(services.WorkerServicer, services.PrefillWorkerServicer, servic
     def description(self) -> Description:
         return Description(
             self.name, self.role, self.incarnation, self.layout.revision, self.layout.fingerprint,
-            self.layout.block_size, self.max_model_len, self.max_num_seqs, os.getpid(),
+            self.layout.pairing, self.layout.block_size, self.max_model_len, self.max_num_seqs, os.getpid(),
         )  # fmt: skip
 
     def tell(self, **changes: Any) -> None:
@@ -124,9 +126,12 @@ class FakeWorker(services.WorkerServicer, services.PrefillWorkerServicer, servic
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WorkerEvent]:
         sequence, stored = 0, self.blocks
         yield convert.event_to_proto(WorkerEvent(0, self.state, self.load, self.description, stored))
+        self.end_watch.clear()
         while True:
             await self.changed.wait()
             self.changed.clear()
+            if self.end_watch.is_set():
+                return
             sequence += 1
             new = tuple(block for block in self.blocks if block not in stored)
             gone = tuple(block for block in stored if block not in self.blocks)
@@ -233,7 +238,10 @@ class FakeCluster:
         self.services = Services.create(self.settings, self.registry)
         listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(create_app(self.services), log_config=None, lifespan="on", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            create_app(self.services), http=BoundedHeadProtocol, log_config=None, lifespan="on",
+            timeout_graceful_shutdown=1,
+        )  # fmt: skip
         self.server = _Server(config)
         self._serving = asyncio.create_task(self.server.serve(sockets=[listener]))
         no_certificates = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # loading the usual ones takes 0.1 s

@@ -358,3 +358,10 @@ async def test_the_openapi_document_names_every_path_parameter(cluster: MakeClus
         for operation in methods.values():
             declared = {item["name"] for item in operation.get("parameters", []) if item["in"] == "path"}
             assert declared == set(re.findall(r"\{(\w+)\}", path)), path
+
+
+async def test_a_stream_has_the_id_of_every_token_also_of_those_that_are_no_text_yet(cluster: MakeCluster) -> None:
+    async with cluster(TEXT) as fake:
+        events = await stream_of(fake, "/v1/completions", {"prompt": "a", "max_tokens": 99, "return_token_ids": True})
+        ids = [token_id for event in events for token_id in event["choices"][0]["token_ids"]]
+        assert ids == fake.prefill[0].script.choices[0]

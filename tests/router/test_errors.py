@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +229,19 @@ async def test_a_storm_of_wrong_elements_is_cheap(fake: FakeCluster) -> None:
     async with asyncio.timeout(2):
         response = await fake.complete(prompt=["a", *([1] * 200_000)])
     check(response, 400, "invalid_request", "prompt")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_cancellation_nobody_asked_for_ends_the_answer(
+    cluster: Callable[..., FakeCluster], streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library below cancels our task: the client must not get keep-alives for ever."""
+
+    async def cancelled(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    async with cluster("x", keep_alive=0.1) as fake:
+        monkeypatch.setattr(fake.services.completions, "_run", cancelled)
+        async with asyncio.timeout(5):
+            answer = await fake.complete(stream=streamed)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")

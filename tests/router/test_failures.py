@@ -118,7 +118,8 @@ async def test_a_decode_worker_that_dies_or_lies_is_replaced(cluster: MakeCluste
         (bad,), (good,) = fake.decode[0].legs, fake.decode[1].legs
         assert (bad.attempt, good.attempt) == (0, 1)
         assert bad.ticket != good.ticket
-        assert good.output_ids == script_ids(fake)[: len(good.output_ids)] != ()
+        # None at all, if D died before P's token 1 arrived; not always the last one it sent, if it died behind it.
+        assert good.output_ids == script_ids(fake)[: len(good.output_ids)]
         assert fake.prefill[0].legs[1].output_ids == good.output_ids
         assert good.sampling == bad.sampling
         assert fake.metric("tandem_router_retries_total") == 1
@@ -357,7 +358,8 @@ async def test_a_stream_survives_the_only_decode_worker(cluster: MakeCluster) ->
         successor = FakeWorker("decode-0", "decode", fake.prefill[0].script)
         await fake.add(successor)
         assert await running == ([TEXT], ["[DONE]"])
-        assert successor.legs[0].output_ids == script_ids(fake)[:3]
+        had = successor.legs[0].output_ids
+        assert had == script_ids(fake)[: len(had)] and 1 <= len(had) <= 3
 
 
 async def test_without_prefill_workers_decode_workers_prefill_and_that_is_counted(cluster: MakeCluster) -> None:

@@ -11,12 +11,13 @@ import pytest
 
 from tandem.common import convert
 from tandem.common.block_hash import BlockHash, block_hashes, chain_root
+from tandem.common.handoff import Ticket
 from tandem.common.proto import tandem_pb2 as pb
 from tandem.common.registry import RegistryUnavailable
 from tandem.common.tokenizer import Tokenizer
 from tandem.common.worker_info import Load, WorkerEvent
 from tests.router.conftest import MakeCluster
-from tests.router.fake_cluster import LAYOUT, FakeCluster, FakeWorker
+from tests.router.fake_cluster import KEY, LAYOUT, FakeCluster, FakeWorker
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13]
 
@@ -156,3 +157,72 @@ async def test_the_context_is_the_smallest_workers(cluster: MakeCluster, tokeniz
         assert "maximum context length is 40 tokens" in answer.json()["error"]["message"]
         await small.die()
         await fake.until(lambda: fake.members.max_model_len == 256)
+
+
+async def test_workers_with_another_block_size_pair_and_match_by_their_own_hashes(cluster: MakeCluster) -> None:
+    """What counts is how many tokens of the prompt a worker has, in whatever blocks."""
+    async with cluster("x", pools=(1, 1)) as fake:
+        script = fake.prefill[0].script
+        wide = replace(LAYOUT, block_size=8)
+        others = [FakeWorker(f"{role}-wide", role, script, layout=wide) for role in ("prefill", "decode")]
+        for worker in others:
+            await fake.add(worker)
+        await fake.until(lambda: len(fake.members.workers()) == 4)
+        chains = {
+            layout: tuple(block_hashes(PROMPT, layout.block_size, chain_root(b"", layout.fingerprint)))
+            for layout in (LAYOUT, wide)
+        }
+        fake.prefill[0].tell(blocks=chains[LAYOUT][:1])  # 4 tokens
+        others[0].tell(blocks=chains[wide][:1])  # 8
+        fake.decode[0].tell(blocks=chains[LAYOUT])  # 8
+        others[1].tell(blocks=chains[LAYOUT])  # foreign hashes, worth nothing here or there
+        await fake.until(lambda: len(fake.members.index) == 3)
+        await fake.until(lambda: len(fake.members.index.match(chains[LAYOUT])) == 3)
+        assert (await fake.complete(prompt=PROMPT)).status_code == 200
+        assert [len(worker.legs) for worker in (fake.prefill[0], others[0], fake.decode[0])] == [0, 1, 1]
+        ticket = Ticket.open(others[0].legs[0].ticket, KEY)
+        assert ticket.pairing == LAYOUT.pairing == wide.pairing
+    assert LAYOUT.fingerprint != wide.fingerprint
+
+
+async def test_another_dtype_takes_no_part(cluster: MakeCluster, caplog: pytest.LogCaptureFixture) -> None:
+    async with cluster("x", pools=(1, 1)) as fake:
+        odd = FakeWorker("decode-odd", "decode", fake.prefill[0].script, layout=replace(LAYOUT, dtype="bfloat16"))
+        await fake.add(odd)
+        await fake.until(lambda: len(fake.members.all_workers()) == 3)
+        assert {worker.name for worker in fake.members.workers()} == {"prefill-0", "decode-0"}
+    assert "decode-odd" in caplog.text and "dtype" in caplog.text
+
+
+async def test_a_worker_that_registers_again_is_followed_while_its_last_legs_end(cluster: MakeCluster) -> None:
+    """Its old connection stays open for a minute for the legs on it: no reason not to see that it is back."""
+    async with cluster("long answer", pools=(1, 1)) as fake:
+        worker, going_on = fake.decode[0], asyncio.Event()
+        worker.pace = going_on.wait
+        running = asyncio.create_task(fake.complete())
+        await fake.until(lambda: worker.active == 1)
+        fake.registry.workers.remove(worker)  # Redis forgot it …
+        await fake.until(lambda: worker.incarnation not in fake.members.listed)
+        worker.end_watch.set()  # … and its Watch stream breaks
+        worker.tell()
+        await fake.until(lambda: not fake.members.workers("decode"))
+        fake.registry.workers.append(worker)
+        await fake.until(lambda: bool(fake.members.workers("decode")))
+        going_on.set()
+        assert (await running).json()["choices"][0]["text"] == "long answer"
+
+
+async def test_a_stopping_router_does_not_wait_for_last_legs(cluster: MakeCluster) -> None:
+    async with cluster("x") as fake:
+        fake.decode[0].pace = asyncio.Event().wait
+        call = asyncio.create_task(fake.complete())
+        await fake.until(lambda: fake.decode[0].active == 1)
+        workers, fake.registry.workers = fake.registry.workers, []
+        await fake.until(lambda: not fake.members.listed)
+        fake.decode[0].end_watch.set()
+        fake.decode[0].tell()
+        await fake.until(lambda: not fake.members.workers("decode"))
+        async with asyncio.timeout(5):
+            await fake.members.stop()
+        assert (await call).status_code >= 500
+        fake.registry.workers = workers  # to be ended

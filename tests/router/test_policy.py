@@ -11,7 +11,7 @@ from tandem.router.policy import IMBALANCE, Candidate, choose
 
 
 def worker(name: str, load: int = 0, cached: int = 0, **fields: Any) -> Candidate:
-    return Candidate(incarnation=name * 2, name=name, load=load, capacity=16, cached_blocks=cached, **fields)
+    return Candidate(incarnation=name * 2, name=name, load=load, capacity=16, cached_tokens=cached, **fields)
 
 
 def chosen(*candidates: Candidate) -> str | None:
@@ -57,7 +57,7 @@ CANDIDATES = st.lists(
         load=st.integers(0, 40),
         capacity=st.integers(1, 20),
         waiting_tokens=st.integers(0, 3),
-        cached_blocks=st.integers(0, 5),
+        cached_tokens=st.integers(0, 5),
         draining=st.booleans(),
         avoid=st.booleans(),
     ),
@@ -75,7 +75,7 @@ def test_no_other_candidate_is_better_in_every_respect(candidates: list[Candidat
         assert not (
             other.avoid <= best.avoid
             and other.load < best.load
-            and other.cached_blocks > best.cached_blocks
+            and other.cached_tokens > best.cached_tokens
             and other.capacity >= best.capacity
         )
         if best.avoid:
