@@ -9,37 +9,58 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 
 from tandem.common.errors import Overloaded
 
 MIN_RETRY_AFTER = 1.0  # seconds
 MAX_RETRY_AFTER = 60.0
-RATE_WINDOW = 10.0  # seconds over which the drain rate forgets
+DEPARTURES = 64  # the latest ones tell the drain rate …
+MIN_DEPARTURES = 8  # … and fewer tell none
 
 
 class DrainRate:
-    """What leaves a queue each second, exponentially averaged over RATE_WINDOW."""
+    """Sequences per second that leave a queue while it is never empty.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        begin ──busy──┬────┬──┬─┬──── now        rate = Σ sequences of the departures / (now − `since`)
+                      └ departures ┘
+
+    An idle queue says nothing about how fast a full one drains, so each busy period is measured for itself; without
+    departures the rate falls, because time goes on.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.last: float | None = None  # of this busy period, or of an earlier one that told any
         self._clock = clock
-        self._rate = 0.0
-        self._updated = clock()
+        self._since = clock()  # seconds, on the clock
+        self._departures: deque[tuple[float, int]] = deque()  # when, and how many sequences
+        self._sequences = 0  # their sum
 
-    def count(self) -> None:
-        self._rate = self.value + 1 / RATE_WINDOW
+    def begin(self) -> None:
+        """The queue was empty and is not any more."""
+        self._since, self._sequences = self._clock(), 0
+        self._departures.clear()
 
-    @property
-    def value(self) -> float:
-        now = self._clock()
-        self._rate *= math.exp((self._updated - now) / RATE_WINDOW)
-        self._updated = now
-        return self._rate
+    def count(self, sequences: int) -> None:
+        self._departures.append((self._clock(), sequences))
+        self._sequences += sequences
+        if len(self._departures) > DEPARTURES:
+            self._since, oldest = self._departures.popleft()
+            self._sequences -= oldest
+
+    def now(self) -> float | None:
+        """Of this busy period; None when it has not told yet."""
+        elapsed = self._clock() - self._since
+        if len(self._departures) < MIN_DEPARTURES or elapsed <= 0:
+            return None
+        self.last = self._sequences / elapsed
+        return self.last
 
     def retry_after(self, waiting: int) -> int:
         """Seconds until so many have left at the recent rate, bounded both ways."""
-        rate = self.value
-        wait = waiting / rate if rate > 0 else MIN_RETRY_AFTER
+        rate = self.now() or self.last
+        wait = waiting / rate if rate else MIN_RETRY_AFTER
         return math.ceil(min(max(wait, MIN_RETRY_AFTER), MAX_RETRY_AFTER))
 
 
@@ -52,6 +73,8 @@ class Backlog:
 
     def check(self, requests: int, tokens: int, more: int) -> None:
         """Whether one more request of `more` tokens may join so many. Raises Overloaded."""
+        if requests == 0:
+            self._rate.begin()
         if requests == 0 or (requests < self._max_requests and tokens + more <= self._max_tokens):
             return
         wait = self._rate.retry_after(requests)
@@ -62,4 +85,4 @@ class Backlog:
 
     def left(self) -> None:
         """A request's turn came."""
-        self._rate.count()
+        self._rate.count(1)

@@ -219,8 +219,7 @@ class Rendezvous:
 
 Message = Reserve | Grant | Refuse | Frame | Manifest | Ack | Abort | Rendezvous | Released | Heartbeat
 _KINDS: dict[int, type[Message]] = {
-    cls.KIND: cls
-    for cls in (Reserve, Grant, Refuse, Frame, Manifest, Ack, Abort, Rendezvous, Released, Heartbeat)
+    cls.KIND: cls for cls in (Reserve, Grant, Refuse, Frame, Manifest, Ack, Abort, Rendezvous, Released, Heartbeat)
 }
 
 

@@ -16,7 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc.aio
 
@@ -36,9 +36,11 @@ log = logging.getLogger("tandem.service")
 
 HEARTBEAT = 0.5  # seconds between registrations
 START_TIMEOUT = 30.0  # seconds for the server to listen
+ANSWER_WITHIN = 60.0  # seconds for the worker's thread, which may be in a long step
 MAX_EVENTS = 1000  # a watcher this far behind is cut; it reconnects and gets everything anew
 MAX_DRAIN = 24 * 3600.0  # seconds
 STALLED = 60.0  # seconds; no step of a sound worker takes that long
+T = TypeVar("T")
 Submit = Callable[[int, Sink], None]  # (leg id, sink); runs on the worker's thread
 
 
@@ -205,6 +207,21 @@ class WorkerShell:
         finally:
             self._worker.inbox.put(lambda: self._hub.remove(watcher))
 
+    async def ask(self, question: Callable[[], T]) -> T:
+        """What `question` answers on the worker's thread. Raises WorkerFailed when the worker stands still."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def reply() -> None:
+            found = question()
+            loop.call_soon_threadsafe(lambda: None if answer.done() else answer.set_result(found))
+
+        self._worker.inbox.put(reply)
+        try:
+            return await asyncio.wait_for(answer, ANSWER_WITHIN)
+        except TimeoutError as exc:
+            raise WorkerFailed(f"the worker's loop has not come round for {ANSWER_WITHIN:.0f} s") from exc
+
     async def run_leg(
         self, leg: Leg, submit: Submit, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.LegUpdate]:
@@ -243,20 +260,6 @@ class WorkerShell:
 def _to_proto(update: LegUpdate) -> pb.LegUpdate:
     stats = convert.stats_to_proto(update.stats) if update.stats is not None else None
     return pb.LegUpdate(tokens=[convert.token_to_proto(token) for token in update.tokens], stats=stats)
-
-
-async def incarnation_at(address: str, cluster_key: bytes) -> str:
-    """Who answers there. Raises TandemError when nobody does."""
-    channel = rpc.create_channel(address, cluster_key)
-    try:
-        call: Any = services.WorkerStub(channel).Watch(pb.WatchRequest())
-        async for message in call:
-            return message.description.incarnation
-    except grpc.RpcError as exc:
-        raise rpc.to_error(exc) from exc
-    finally:
-        await channel.close(None)
-    return ""
 
 
 class WorkerServer:

@@ -168,8 +168,8 @@ class Handoffs:
         """P opens a link only when nothing of its former one is in flight any more."""
         self._release_quarantined(lambda item: item.peer == peer and item.link is not link)
 
-    def peer_died(self, peer: str) -> None:
-        """P's process is gone: it writes nothing any more."""
+    def peer_is_quiet(self, peer: str) -> None:
+        """P is dead, or says that nothing of its former link is in flight."""
         self._release_quarantined(lambda item: item.peer == peer)
 
     @property
@@ -237,6 +237,9 @@ class Handoffs:
                 room = room and self._grant(reservation)
                 if not room and now >= reservation.lease:
                     self._later(reservation)
+        for item in self._quarantine.values():
+            if now >= item.patience:
+                item.link.lose("the prefill worker does not say that nothing of an aborted transfer is in flight")
         for key, early in [(key, early) for key, early in self._early.items() if now >= early.expiry]:
             del self._early[key]
             early.link.post(Refuse(key, True, "the decode worker has not heard of this request yet"))
@@ -301,8 +304,8 @@ class Handoffs:
             link.revoke(reservation.id)
         if link is not None and reserved and link.one_sided:
             self._pool.quarantine(reserved)
-            peer = reservation.ticket.prefill_incarnation
-            self._quarantine[reservation.id] = Quarantined(reserved, reservation.generation, link, peer)
+            peer, patience = reservation.ticket.prefill_incarnation, time.monotonic() + self._limits.quarantine
+            self._quarantine[reservation.id] = Quarantined(reserved, reservation.generation, link, peer, patience)
         else:
             self._give_back(reserved)
         if tell and link is not None:

@@ -56,3 +56,4 @@ class Quarantined:
     generation: int
     link: LandLink
     peer: str  # incarnation of P
+    patience: float  # monotonic; P's word is due until then, or its link is given up

@@ -18,7 +18,7 @@ from tandem.common.service import WorkerServer, WorkerShell, describe, new_incar
 from tandem.common.worker_config import WorkerConfig
 from tandem.common.worker_watch import WatchHub
 from tandem.decode_worker.limits import DecodeLimits
-from tandem.decode_worker.undertaker import Peer, Undertaker
+from tandem.decode_worker.undertaker import Answer, Peer, Undertaker
 from tandem.decode_worker.worker import DecodeWorker
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.config import EngineConfig
@@ -51,7 +51,7 @@ class DecodeServer(WorkerServer):
         description = describe(config, incarnation, loaded.layout, loaded.max_model_len, engine.max_num_seqs)
         shell = WorkerShell(config, description, worker, WatchHub(description, worker.load, pool))
         heart = Heart()
-        handoff = _Handoff(config, allowed, incarnation, worker, loaded, heart)
+        handoff = _Handoff(shell, config, allowed, worker, loaded, heart)
 
         def add(server: grpc.aio.Server, shell: WorkerShell) -> None:
             services.add_DecodeWorkerServicer_to_server(_Decode(shell, worker), server)
@@ -86,16 +86,17 @@ class _Handoff(services.HandoffServicer):
 
     def __init__(
         self,
+        shell: WorkerShell,
         config: WorkerConfig,
         allowed: tuple[str, ...],
-        incarnation: str,
         worker: DecodeWorker,
         engine: Engine,
         heart: Heart,
     ) -> None:
-        self._config, self._allowed, self._incarnation = config, allowed, incarnation
+        self._shell, self._config, self._allowed = shell, config, allowed
         self._worker, self._engine, self._heart = worker, engine, heart
-        self._undertaker = Undertaker(config.cluster_key, worker)
+        self._incarnation = shell.description.incarnation
+        self._undertakers: set[asyncio.Task[None]] = set()
 
     async def Channel(self, request_iterator: AsyncIterator[pb.Envelope], context: Any) -> AsyncIterator[pb.Envelope]:
         peer = await self._peer(context)
@@ -110,7 +111,30 @@ class _Handoff(services.HandoffServicer):
             reader.cancel()
             channel.peer_gone("the prefill worker closed the channel")
             link.close()
-            self._undertaker.watch(peer)
+            self._watch(peer)
+
+    def _watch(self, peer: Peer) -> None:
+        """Behind a broken link: end the quarantine of what it wrote to, when that is safe."""
+        worker = self._worker
+        undertaker = Undertaker(
+            lambda: self._shell.ask(lambda: worker.handoffs.quarantined_peers),
+            lambda incarnation: worker.inbox.put(lambda: worker.handoffs.peer_is_quiet(incarnation)),
+            self._ask,
+        )
+        task = asyncio.create_task(undertaker.follow(peer), name=f"undertaker-{peer.incarnation}")
+        self._undertakers.add(task)
+        task.add_done_callback(self._undertakers.discard)
+
+    async def _ask(self, address: str) -> Answer:
+        channel = rpc.create_channel(address, self._config.cluster_key)
+        try:
+            stub: Any = services.PrefillWorkerStub(channel)  # generated code without types
+            reply = await stub.Quiet(pb.QuietRequest(decode_incarnation=self._incarnation))
+            return Answer(reply.incarnation, reply.quiet)
+        except grpc.RpcError as exc:
+            raise rpc.to_error(exc) from exc
+        finally:
+            await channel.close(None)
 
     async def _peer(self, context: Any) -> Peer:
         metadata = dict(context.invocation_metadata())

@@ -70,7 +70,7 @@ class Export:
         with _translated("exporting the KV cache"):
             _device, *handles = storage._share_cuda_()
         num_blocks, block_bytes = memory.shape
-        return cls(*handles, memory.storage_offset(), num_blocks, block_bytes)
+        return cls(*handles, start=int(memory.storage_offset()), num_blocks=num_blocks, block_bytes=block_bytes)
 
     def pack(self) -> bytes:
         packed = msgpack.packb(astuple(self))

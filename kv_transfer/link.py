@@ -76,6 +76,10 @@ class Link(ABC, Generic[Job, Path]):
         """End the link without on_lost; the thread follows (`join`). Idempotent, from any thread."""
         self._end(None)
 
+    def lose(self, reason: str) -> None:
+        """End the link as lost, on_lost included: the peer does not keep its word."""
+        self._end(reason)
+
     def join(self, timeout: float) -> bool:
         """Wait for the thread of an ended link; False if it is still busy after `timeout` seconds."""
         if self._thread.ident is not None:

@@ -76,6 +76,13 @@ class _Prefill(services.PrefillWorkerServicer):
         ):
             yield update
 
+    async def Quiet(self, request: pb.QuietRequest, context: Any) -> pb.QuietReply:
+        try:
+            quiet = await self._shell.ask(lambda: self._worker.quiet(request.decode_incarnation))
+        except TandemError as exc:
+            await rpc.abort(context, exc)
+        return pb.QuietReply(incarnation=self._shell.description.incarnation, quiet=quiet)
+
 
 class _Connector:
     """Opens links to decode workers; a link dials and sets its data path up on threads of its own."""

@@ -299,6 +299,11 @@ class PrefillWorker:
     def idle(self) -> bool:
         return not self._transfers and not self._leaving
 
+    def quiet(self, incarnation: str) -> bool:
+        """Whether nothing is in flight to that decode worker, and no link could send anything."""
+        lost = self._lost.get(incarnation)
+        return incarnation not in self._links and (lost is None or lost.join(0.0))
+
     def load(self) -> Load:
         waiting = [t for t in self._transfers.values() if t.phase in _WAITING]
         tokens = sum(transfer.sequence.remaining for transfer in self._transfers.values())

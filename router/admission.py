@@ -10,55 +10,11 @@ admitted when nothing else waits: it could never be served otherwise.
 
 from __future__ import annotations
 
-import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
+from tandem.common.backlog import DrainRate
 from tandem.common.errors import Overloaded
-
-MIN_RETRY_AFTER = 1.0  # seconds
-MAX_RETRY_AFTER = 60.0
-DEPARTURES = 64  # the latest ones tell the drain rate …
-MIN_DEPARTURES = 8  # … and fewer tell none
-
-
-class DrainRate:
-    """Sequences per second that leave a queue while it is never empty.
-
-        begin ──busy──┬────┬──┬─┬──── now        rate = Σ sequences of the departures / (now − `since`)
-                      └ departures ┘
-
-    An idle queue says nothing about how fast a full one drains, so each busy period is measured for itself; without
-    departures the rate falls, because time goes on.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.last: float | None = None  # of this busy period, or of an earlier one that told any
-        self._clock = clock
-        self._since = clock()  # seconds, on the clock
-        self._departures: deque[tuple[float, int]] = deque()  # when, and how many sequences
-        self._sequences = 0  # their sum
-
-    def begin(self) -> None:
-        """The queue was empty and is not any more."""
-        self._since, self._sequences = self._clock(), 0
-        self._departures.clear()
-
-    def count(self, sequences: int) -> None:
-        self._departures.append((self._clock(), sequences))
-        self._sequences += sequences
-        if len(self._departures) > DEPARTURES:
-            self._since, oldest = self._departures.popleft()
-            self._sequences -= oldest
-
-    def now(self) -> float | None:
-        """Of this busy period; None when it has not told yet."""
-        elapsed = self._clock() - self._since
-        if len(self._departures) < MIN_DEPARTURES or elapsed <= 0:
-            return None
-        self.last = self._sequences / elapsed
-        return self.last
 
 
 class Admission:
@@ -96,7 +52,7 @@ class Admission:
         full = self.sequences + sequences > self._max_sequences or self.tokens + tokens > self._max_tokens
         slow = rate is not None and self.sequences / rate > self._max_wait
         if full or slow:
-            wait = self.retry_after()
+            wait = self._rate.retry_after(self.sequences)
             raise Overloaded(
                 f"{self.sequences} sequences with {self.tokens} prompt tokens already wait for their first token; "
                 f"try again in {wait} s",
@@ -104,10 +60,8 @@ class Admission:
             )
 
     def retry_after(self) -> int:
-        """Seconds until today's backlog has drained at the recent rate, bounded both ways."""
-        rate = self._rate.now() or self._rate.last
-        wait = self.sequences / rate if rate else MIN_RETRY_AFTER
-        return math.ceil(min(max(wait, MIN_RETRY_AFTER), MAX_RETRY_AFTER))
+        """Seconds until today's backlog has drained at the recent rate."""
+        return self._rate.retry_after(self.sequences)
 
     def release(self, entry: Entry, served: bool) -> None:
         self.sequences -= entry.choices

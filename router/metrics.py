@@ -48,7 +48,8 @@ class RouterMetrics:
         self.in_flight = Gauge(name + "requests_in_flight", "Requests being served", registry=registry)
         self.retries = Counter(name + "retries", "Attempts beyond a request's first", registry=registry)
         self.degraded_prefills = Counter(
-            name + "degraded_prefills", "Prompts prefilled on a decode worker for want of a prefill worker",
+            name + "degraded_prefills", "Prompts prefilled on a decode worker for want of a prefill worker, "
+            "or of a hand-off that works",
             registry=registry,
         )  # fmt: skip
         self.disconnects = Counter(

@@ -206,3 +206,17 @@ class Envelope(_message.Message):
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     message: bytes
     def __init__(self, message: _Optional[bytes] = ...) -> None: ...
+
+class QuietRequest(_message.Message):
+    __slots__ = ("decode_incarnation",)
+    DECODE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    decode_incarnation: str
+    def __init__(self, decode_incarnation: _Optional[str] = ...) -> None: ...
+
+class QuietReply(_message.Message):
+    __slots__ = ("incarnation", "quiet")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    QUIET_FIELD_NUMBER: _ClassVar[int]
+    incarnation: str
+    quiet: bool
+    def __init__(self, incarnation: _Optional[str] = ..., quiet: _Optional[bool] = ...) -> None: ...

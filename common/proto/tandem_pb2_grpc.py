@@ -155,6 +155,11 @@ class PrefillWorkerStub:
                 request_serializer=tandem_dot_common_dot_proto_dot_tandem__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=tandem_dot_common_dot_proto_dot_tandem__pb2.LegUpdate.FromString,
                 _registered_method=True)
+        self.Quiet = channel.unary_unary(
+                '/tandem.v1.PrefillWorker/Quiet',
+                request_serializer=tandem_dot_common_dot_proto_dot_tandem__pb2.QuietRequest.SerializeToString,
+                response_deserializer=tandem_dot_common_dot_proto_dot_tandem__pb2.QuietReply.FromString,
+                _registered_method=True)
 
 
 class PrefillWorkerServicer:
@@ -166,6 +171,13 @@ class PrefillWorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Quiet(self, request, context):
+        """Whether blocks that the decode worker keeps in quarantine can still be written to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillWorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -173,6 +185,11 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=tandem_dot_common_dot_proto_dot_tandem__pb2.PrefillRequest.FromString,
                     response_serializer=tandem_dot_common_dot_proto_dot_tandem__pb2.LegUpdate.SerializeToString,
+            ),
+            'Quiet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Quiet,
+                    request_deserializer=tandem_dot_common_dot_proto_dot_tandem__pb2.QuietRequest.FromString,
+                    response_serializer=tandem_dot_common_dot_proto_dot_tandem__pb2.QuietReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -202,6 +219,33 @@ class PrefillWorker:
             '/tandem.v1.PrefillWorker/Prefill',
             tandem_dot_common_dot_proto_dot_tandem__pb2.PrefillRequest.SerializeToString,
             tandem_dot_common_dot_proto_dot_tandem__pb2.LegUpdate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Quiet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.PrefillWorker/Quiet',
+            tandem_dot_common_dot_proto_dot_tandem__pb2.QuietRequest.SerializeToString,
+            tandem_dot_common_dot_proto_dot_tandem__pb2.QuietReply.FromString,
             options,
             channel_credentials,
             insecure,

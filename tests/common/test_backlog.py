@@ -45,10 +45,13 @@ def test_retry_after_is_the_backlog_over_the_recent_rate() -> None:
     assert refused(backlog, 10**6, 0, 1) == MAX_RETRY_AFTER
 
 
-def test_a_rate_is_forgotten() -> None:
+def test_a_rate_falls_while_nothing_leaves() -> None:
     clock = Clock()
     rate = DrainRate(clock)
-    rate.count()
-    fresh = rate.value
-    clock.now += 30.0
-    assert 0 < rate.value < fresh / 10
+    rate.begin()
+    for _ in range(10):
+        clock.now += 0.1
+        rate.count(1)
+    assert rate.now() == pytest.approx(10)
+    clock.now += 9.0
+    assert rate.now() == pytest.approx(1)

@@ -172,9 +172,9 @@ def quarantine_outlives_a_broken_link(connector: str) -> None:
         if pair.d.links[0].one_sided:
             assert pair.d.pool.counts().quarantined == 10
             assert pair.d.worker.handoffs.quarantined_peers == {"p-1"}
-        pair.d.worker.handoffs.peer_died("somebody else")
+        pair.d.worker.handoffs.peer_is_quiet("somebody else")
         assert pair.d.pool.counts().quarantined == (10 if pair.d.links[0].one_sided else 0)
-        pair.d.worker.handoffs.peer_died("p-1")
+        pair.d.worker.handoffs.peer_is_quiet("p-1")
         assert pair.d.pool.counts().quarantined == 0
         assert pair.hold is not None
         pair.hold.set()

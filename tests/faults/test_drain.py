@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from tandem.common.errors import WorkerFailed
 from tandem.common.worker_config import Role
 from tandem.engine.config import EngineConfig
 from tests.faults.clients import Answer, Crowd, Json, ask, make_bodies, record
-from tests.faults.local import DEMO_MODEL, pace
+from tests.faults.local import DEMO_MODEL, on_thread, pace, worker_of
 from tests.integration.local_cluster import LocalCluster
 
 SEED = 40
@@ -82,11 +83,19 @@ def test_what_outlasts_the_drain_goes_on_elsewhere_without_a_lost_or_repeated_to
 def test_a_draining_worker_takes_no_new_leg_even_if_the_router_does_not_know_yet(cluster: LocalCluster) -> None:
     """The state travels on the worker's own thread, which may be in a long step: admission must not wait for it."""
     server = cluster.workers["decode-0"]
-    pace(server, 0.5)
-    server._shell._loop.call_soon_threadsafe(server._shell._refuse_new_legs)
-    answers = asyncio.run(ask_many(cluster.url, {"prompt": "Tandem is", "max_tokens": 2, "temperature": 0}, 6))
+    shell, worker, release = server._shell, worker_of(server), threading.Event()
+    taken: list[object] = []
+    worker.submit = lambda *leg: taken.append(leg)
+    worker.inbox.put(release.wait)
+    try:
+        shell._loop.call_soon_threadsafe(shell._refuse_new_legs)
+        answers = asyncio.run(ask_many(cluster.url, {"prompt": "Tandem is", "max_tokens": 2, "temperature": 0}, 6))
+        assert shell._hub.state == "ready", "its thread stands still, so the router cannot know"
+    finally:
+        release.set()
     assert [answer.end for answer in answers] == ["done"] * 6
-    assert running(cluster, "decode-0") == 0
+    on_thread(server, lambda: None)  # everything that was handed to it has run
+    assert not taken
 
 
 def test_a_drain_does_not_wait_for_a_worker_that_died(cluster: LocalCluster) -> None:

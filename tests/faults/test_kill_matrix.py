@@ -117,7 +117,7 @@ def test_kill_a_worker_at(role: str, name: str, cluster: ProcessCluster, oracle:
         crowd.wait_served(5)
         strike(cluster, role, name)
         cluster.wait_ready()
-        crowd.wait_served(25)
+        crowd.wait_served(15)
     crowd.check(oracle.answers)
 
 
@@ -135,7 +135,7 @@ def test_kill_the_router_at(name: str, cluster: ProcessCluster, oracle: Oracle) 
         assert time.monotonic() - died < ABORT
         cluster.wait_ready()
         crowd.resume()
-        crowd.wait_served(25)
+        crowd.wait_served(15)
     crowd.check(oracle.answers, lost=True)
 
 

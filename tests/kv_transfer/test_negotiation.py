@@ -30,45 +30,45 @@ AUTO = ("shm", "tcp", "nixl", "torch")
 BROKEN = TransferFailed("a firewall")
 
 
+class Made(Forwarding):
+    """An end of `inproc` under another name, which works as `how` says."""
+
+    def __init__(self, name: str, how: dict[str, Any], inner: Any) -> None:
+        super().__init__(inner)
+        self.name, self.how, self.closed = name, how, False
+        how["made"].append(self)
+
+    def open(self, timeout: float) -> None:
+        if isinstance(self.how.get(self.name), TransferFailed):
+            raise self.how[self.name]
+        self.inner.open(timeout)
+
+    def close(self) -> None:
+        self.closed = True
+        self.inner.close()
+
+
+def fake(name: str, how: dict[str, Any]) -> Connector:
+    def domain(context: Context) -> str:
+        if isinstance(how.get(name), ConfigError):
+            raise how[name]
+        return "here"
+
+    def sender(context: Context) -> Any:
+        return Made(name, how, InprocSender(context))
+
+    def receiver(context: Context) -> Any:
+        return Made(name, how, InprocReceiver(context))
+
+    return Connector(sender, receiver, domain)
+
+
 @pytest.fixture
 def works(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Makes every name a connector like `inproc`; per name the error that `domain` or `open` ends with."""
-    how: dict[str, Any] = {}
-
-    class Made(Forwarding):
-        def __init__(self, name: str, inner: Any) -> None:
-            super().__init__(inner)
-            self.name, self.closed = name, False
-            made.append(self)
-
-        def open(self, timeout: float) -> None:
-            if isinstance(how.get(self.name), TransferFailed):
-                raise how[self.name]
-            self.inner.open(timeout)
-
-        def close(self) -> None:
-            self.closed = True
-            self.inner.close()
-
-    made: list[Made] = []
-    how["made"] = made
-
-    def connector(name: str) -> Connector:
-        def domain(context: Context) -> str:
-            if isinstance(how.get(name), ConfigError):
-                raise how[name]
-            return "here"
-
-        def sender(context: Context) -> Any:
-            return Made(name, InprocSender(context))
-
-        def receiver(context: Context) -> Any:
-            return Made(name, InprocReceiver(context))
-
-        return Connector(sender, receiver, domain)
-
+    how: dict[str, Any] = {"made": []}
     for name in AUTO:
-        monkeypatch.setitem(CONNECTORS, name, lambda name=name: connector(name))
+        monkeypatch.setitem(CONNECTORS, name, lambda name=name: fake(name, how))
     return how
 
 

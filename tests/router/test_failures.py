@@ -204,6 +204,16 @@ async def test_attempts_are_bounded_and_the_last_error_is_told(cluster: MakeClus
         assert len({leg.ticket for leg in fake.decode[0].legs}) == 3
 
 
+async def test_the_last_attempt_behind_failed_transfers_needs_none(cluster: MakeCluster) -> None:
+    """A pair whose link corrupts everything still serves: the decode worker prefills the prompt itself."""
+    async with cluster(TEXT, prefill_expected=1) as fake:
+        fake.prefill[0].on_leg = failing(TransferFailed("digest mismatch"))
+        answer = await fake.complete(max_tokens=200)
+        assert (answer.status_code, answer.json()["choices"][0]["text"]) == (200, TEXT)
+        assert [bool(leg.ticket) for leg in fake.decode[0].legs] == [True, True, False]
+        assert fake.metric("tandem_router_degraded_prefills_total") == 1
+
+
 async def test_what_cannot_succeed_is_not_tried_again(cluster: MakeCluster) -> None:
     async with cluster(TEXT) as fake:
         fake.prefill[0].on_leg = failing(InternalError("poisoned step"))
