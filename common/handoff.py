@@ -192,7 +192,7 @@ class Abort:
 class Released:
     """P, behind an Abort of either side: nothing of this transfer is in flight any more, and nothing will be sent.
 
-    What it ends is the quarantine of D's blocks (rule H3).
+    What it ends is the quarantine of D's blocks (rule H3). Generation 0: P had no grant yet.
     """
 
     KIND: ClassVar[int] = 9

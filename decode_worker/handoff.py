@@ -178,8 +178,9 @@ class Handoffs:
         return {item.peer for item in self._quarantine.values()}
 
     def _on_released(self, link: LandLink, message: Released) -> None:
+        """Generation 0: P gave up while the grant was on its way, so it has written nothing."""
         item = self._quarantine.get(message.transfer_id)
-        if item is not None and item.link is link and item.generation == message.generation:
+        if item is not None and item.link is link and message.generation in (0, item.generation):
             self._release_quarantined(lambda other: other is item)
 
     def _release_quarantined(self, over: Callable[[Quarantined], bool]) -> None:

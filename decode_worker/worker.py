@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 
 from tandem.common.backlog import Backlog
-from tandem.common.errors import Cancelled, DeadlineExceeded, InternalError, InvalidRequest, TandemError, TransferFailed
+from tandem.common.errors import Cancelled, DeadlineExceeded, InternalError, InvalidRequest, TandemError, WorkerFailed
 from tandem.common.failpoints import failpoint
 from tandem.common.handoff import TicketGate
 from tandem.common.request import Leg, LegStats, LegUpdate, Token
@@ -256,7 +256,7 @@ class DecodeWorker:
         return self._pool.counts().load(len(self.scheduler.running), len(waiting) + self.handoffs.count, tokens)
 
     def close(self) -> None:
-        error = TransferFailed("this decode worker is shutting down")
+        error = WorkerFailed("this decode worker is shutting down")
         self.handoffs.close(error)
         for leg_id in list(self._legs):
             self.end(leg_id, error)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tandem.common.backlog import Backlog
-from tandem.common.errors import Cancelled, DeadlineExceeded, InternalError, TandemError, TransferFailed
+from tandem.common.errors import Cancelled, DeadlineExceeded, InternalError, TandemError, TransferFailed, WorkerFailed
 from tandem.common.failpoints import failpoint
 from tandem.common.handoff import Abort, Ack, Grant, Message, Refuse, Released, Reserve, TicketGate
 from tandem.common.request import Leg, LegUpdate, Token
@@ -311,7 +311,7 @@ class PrefillWorker:
 
     def close(self) -> None:
         for transfer in list(self._transfers.values()):
-            self._end(transfer, TransferFailed("this prefill worker is shutting down"))
+            self._end(transfer, WorkerFailed("this prefill worker is shutting down"))
         for link in (*self._links.values(), *self._lost.values()):
             link.close()
             link.join(CLOSE_TIMEOUT)

@@ -88,6 +88,7 @@ class Membership:
     def __init__(self, registry: Discovery, cluster_key: bytes) -> None:
         self.index = PrefixIndex()
         self.registry_up = False
+        self.prefill_seen = False  # a prefill worker was a member once: from then on doing without is somebody's wish
         self.listed: dict[str, Registration] = {}
         self._registry = registry
         self._cluster_key = cluster_key
@@ -230,6 +231,7 @@ class Membership:
             raise WorkerFailed(f"{registration.name} is registered as {registration.role}, but says {description.role}")
         worker = Worker(description, client, event.state, event.load)
         self._workers[worker.incarnation] = worker
+        self.prefill_seen |= worker.description.role == "prefill"
         log.info("%s (%s) joined at %s", worker.name, worker.incarnation, registration.address)
         return worker
 

@@ -30,7 +30,7 @@ def context_length(settings: RouterSettings, membership: Membership) -> int | No
 def not_ready_reason(settings: RouterSettings, membership: Membership) -> str | None:
     if not membership.can_serve():
         return "no decode worker is ready"
-    if settings.prefill_expected and not membership.workers("prefill"):
+    if settings.prefill_expected and not membership.prefill_seen:
         return "no prefill worker is ready"
     return None
 

@@ -21,7 +21,7 @@ FUNCTION_MEDIAN = 10
 FILE_LINES = 600
 FILE_LINES_WARN = 400
 PARAMETERS = 6
-TOTAL_LINES = 12_000  # non-blank lines of the packages; everything of the first release but speed
+TOTAL_LINES = 15_000  # non-blank lines of the packages, of which connectors and surviving faults are a quarter
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 

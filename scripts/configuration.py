@@ -24,6 +24,9 @@ Only in the environment, because command lines are visible to every user of a ma
 | `TANDEM_CLUSTER_KEY` | At least 32 hex digits, the same in every process of a cluster |
 
 `tandem serve` draws a key for its own processes when none is set; processes started one by one need it.
+
+For tests and drills, see [reliability](reliability.md): `TANDEM_FAILPOINTS` and `TANDEM_FAILPOINT_DIR` arm faults at
+named places in the code (`common/failpoints.py`). Nothing is armed without them.
 """
 
 

@@ -20,8 +20,8 @@ from tandem.kv_transfer.land import LandLink
 from tandem.kv_transfer.negotiation import NegotiatedReceiver, NegotiatedSender
 from tandem.kv_transfer.push import PushLink
 from tandem.prefill_worker.worker import PrefillLimits, PrefillWorker
-from tests.faults.faulty import Fault, FaultySender
 from tests.fakes import Client, FakeEngine, make_leg
+from tests.faults.faulty import Fault, FaultySender
 
 KEY = b"k" * 32
 CPU = torch.device("cpu")

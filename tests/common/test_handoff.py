@@ -134,7 +134,7 @@ def test_a_ticket_sealed_over_nonsense_is_a_typed_error() -> None:
 
 
 def test_a_gate_forgets_only_tickets_whose_time_is_over() -> None:
-    gate = TicketGate(KEY, "decode", TICKET.decode_incarnation, TICKET.fingerprint)
+    gate = TicketGate(KEY, "decode", TICKET.decode_incarnation, TICKET.pairing)
 
     def admit(timeout: float) -> bytes:
         ticket = dataclasses.replace(TICKET, transfer_id=handoff.new_transfer_id(), timeout=timeout)

@@ -111,14 +111,14 @@ class ChaosPair(Pair):
 
         self.d.worker.run_landed = counted
 
-    def _connect(self, *args: Any) -> PushLink:
+    def _connect(self, *args: Any, **kwargs: Any) -> PushLink:
         with mock.patch.multiple(
             worker_pair,
             channel_pair=self._channel_pair,
             LandLink=lambda *args, **kwargs: LandLink(*args, **(kwargs | {"timeout": TIMER})),
-            PushLink=lambda *args: PushLink(*args[:-1], TIMER),
+            PushLink=lambda *args: PushLink(args[0], args[1], args[2], args[3], TIMER),
         ):
-            return super()._connect(*args)
+            return super()._connect(*args, **kwargs)
 
     def _channel_pair(self) -> tuple[InprocChannel, InprocChannel]:
         one: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()

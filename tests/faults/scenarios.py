@@ -137,7 +137,7 @@ def messages_of_an_older_generation(connector: str) -> None:
 
 
 def a_late_write_into_a_block_that_was_given_up(connector: str) -> None:
-    """E10, E11, rule H3: P stands still before its write, D gives the reservation up and serves others; then it lands."""
+    """E10, E11, rule H3: P stands still before its write, D gives the reservation up, serves others; then it lands."""
     with pair_of(connector, decode_blocks=24, decode_limits=DecodeLimits(lease=0.05)) as pair:
         call = a_held_transfer(pair)
         pair.until(lambda: call.decode.ended, turn=pair.turn_decode)  # nothing names it: its lease ends
@@ -323,6 +323,20 @@ def cancel_while_a_payload_is_in_flight(connector: str) -> None:
         pair.until(lambda: pair.p.worker.idle)
 
 
+def cancel_while_the_grant_is_under_way(connector: str) -> None:
+    """P never learns the generation; what it says about the transfer must still end D's quarantine."""
+    with pair_of(connector) as pair:
+        warm = pair.request("warm", prompt(12), max_tokens=2)  # the link is up
+        pair.until(lambda: warm.ended)
+        call = pair.request("late", prompt(40, seed=1), max_tokens=4)
+        reservations = pair.d.worker.handoffs._reservations
+        pair.p.worker.step()  # asks
+        pair.until(lambda: pair.d.pool.counts().reserved > 0, turn=pair.turn_decode)
+        assert next(iter(reservations.values())).phase is Phase.LANDING
+        call.cancel()
+        pair.until(lambda: pair.d.pool.counts().quarantined == 0 and pair.d.pool.counts().reserved == 0)
+
+
 Story = Callable[[str], None]
 STORIES: tuple[Story, ...] = (
     one_flipped_bit_at_every_64th_byte,
@@ -340,4 +354,5 @@ STORIES: tuple[Story, ...] = (
     layers_leave_while_later_ones_are_computed,
     a_short_prompt_leaves_in_one_piece,
     cancel_while_a_payload_is_in_flight,
+    cancel_while_the_grant_is_under_way,
 )

@@ -83,7 +83,7 @@ class Rig:
         try:
             yield
         finally:
-            on_thread(self.d, lambda: pool.release(blocks))
+            on_thread(self.d, lambda: pool.release(blocks or []))
 
     @contextmanager
     def draining(self) -> Iterator[None]:

@@ -198,11 +198,11 @@ def transfer(number: int) -> bytes:
     return number.to_bytes(16, "big")
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], every: float = 0.002) -> None:
     deadline = time.monotonic() + WAIT
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(every)
 
 
 class Forwarding:

@@ -37,7 +37,7 @@ CONTENT = b"content"  # the ticket of a Reserve that D answers with the SHA-256 
 
 
 class SocketChannel:
-    """A Channel over a stream socket: length-prefixed messages."""
+    """A Channel over a stream socket: length-prefixed messages. To a stopped peer it takes a few hundred messages."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock

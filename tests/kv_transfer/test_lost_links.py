@@ -240,7 +240,7 @@ def test_a_silent_peer_ends_the_link_after_a_while(connector, victim, monkeypatc
     victim.wait_stopped()
     assert not reasons
     started = time.monotonic()
-    until(lambda: not push.beat())
+    until(lambda: not push.beat(), every=0.05)
     assert push.join(WAIT)
     assert time.monotonic() - started < 0.6 + NOTICED
     assert len(reasons) == 1 and "no sign of life from the peer for" in reasons[0]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tandem.common.errors import ConfigError, TransferFailed
-from tandem.common.handoff import Frame, Rendezvous
+from tandem.common.handoff import Frame
 from tandem.common.kv_layout import KVLayout
 from tandem.kv_transfer import tcp
 from tandem.kv_transfer.context import Context
@@ -79,6 +79,11 @@ class Ends:
         assert not opening.join().error
         return self
 
+    def close(self) -> None:
+        self.sender.close()
+        self.receiver.close()
+        self.contexts[0].channel.close()
+
     def move(self, payload: Payload, first_layer: int = 0) -> Payload:
         header = frame(payload, first_layer)
         sending = Call(self.sender.send, header, payload, (), WAIT)
@@ -87,25 +92,19 @@ class Ends:
         return landed
 
 
-@pytest.fixture
-def ends() -> Iterator[Ends]:
+def make_ends() -> Ends:
     left, right = channel_pair()
     contexts = (Context(left, LAYOUT, CPU), Context(right, LAYOUT, CPU))
     for channel, context in zip((left, right), contexts, strict=True):
-        channel.listen(delivery(context), lambda reason: None)
-    pair = Ends(tcp.TcpSender(contexts[0]), tcp.TcpReceiver(contexts[1]), contexts)
+        channel.listen(context.mailbox.deliver, lambda reason: None)  # pyright: ignore[reportArgumentType]
+    return Ends(tcp.TcpSender(contexts[0]), tcp.TcpReceiver(contexts[1]), contexts)
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    pair = make_ends()
     yield pair
-    pair.sender.close()
-    pair.receiver.close()
-    left.close()
-
-
-def delivery(context: Context) -> Callable:
-    def deliver(message: object) -> None:
-        assert isinstance(message, Rendezvous)
-        context.mailbox.deliver(message)
-
-    return deliver
+    pair.close()
 
 
 def address_of(context: Context) -> tuple[str, int]:
@@ -386,15 +385,9 @@ def wait_until(condition: Callable[[], object]) -> None:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 def test_nothing_is_left_of_a_closed_pair():
     def open_and_close() -> None:
-        left, right = channel_pair()
-        contexts = (Context(left, LAYOUT, CPU), Context(right, LAYOUT, CPU))
-        for channel, context in zip((left, right), contexts, strict=True):
-            channel.listen(delivery(context), lambda reason: None)
-        pair = Ends(tcp.TcpSender(contexts[0]), tcp.TcpReceiver(contexts[1]), contexts).open()
-        pair.sender.close()
-        pair.receiver.close()
-        pair.receiver.close()
-        left.close()
+        pair = make_ends().open()
+        pair.close()
+        pair.close()
 
     def held() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))

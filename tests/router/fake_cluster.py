@@ -81,7 +81,7 @@ class FakeWorker(services.WorkerServicer, services.PrefillWorkerServicer, servic
     load: Load = field(default_factory=lambda: Load(blocks_total=64, blocks_free=64))
     state: WorkerState = "ready"
     blocks: tuple[BlockHash, ...] = ()
-    pace: Callable[[], Awaitable[None]] | None = None  # awaited before each decoded token
+    pace: Callable[[], Awaitable[object]] | None = None  # awaited before each decoded token
     on_leg: OnLeg | None = None  # instead of generating
     legs: list[Leg] = field(default_factory=list)
     cancelled: int = 0
