@@ -86,7 +86,7 @@ def test_any_msgpack_is_a_message_or_a_frame_error(kind: int, values: list[Any])
         [6, b"t", True],
         [6, b"t", 1.0],
         [True, b"t", 1],
-        [9, b"t", 1],
+        [11, b"t", 1],
         [],
         {"kind": 6},
         6,

@@ -316,9 +316,17 @@ async def test_status(cluster: MakeCluster) -> None:
 
 
 async def test_readiness_follows_the_workers(cluster: MakeCluster) -> None:
+    """Decode workers alone can serve; prefill workers are waited for until the first has come, and not again."""
     async with cluster("x") as fake:
+        assert (await fake.http.get("/readyz")).status_code == 200
         await fake.prefill[0].die()
         await fake.until(lambda: len(fake.members.workers()) == 1)
+        assert (await fake.http.get("/readyz")).status_code == 200
+        fake.members.prefill_seen = False
+        assert (await fake.http.get("/readyz")).status_code == 503
+        fake.members.prefill_seen = True
+        await fake.decode[0].die()
+        await fake.until(lambda: not fake.members.workers())
         answer = await fake.http.get("/readyz")
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
         assert (await fake.http.get("/health")).status_code == 503
