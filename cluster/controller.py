@@ -89,7 +89,8 @@ class _Slot:
     report: Report = field(default_factory=lambda: Report("loading"))
     failures: int = 0
     detail: str = ""
-    outdated: bool = False  # what runs under it is to be replaced
+    outdated: bool = False  # what runs under it is to be replaced …
+    patience: float = 0.0  # … and gets so many seconds then for its requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +114,24 @@ class Controller:
         self._wanted.update(wanted)
 
     def drain(self, name: str, timeout: float, now: float) -> bool:
-        """Let the ready worker `name` leave, its successor starts at once. False: there is no such worker."""
+        """Replace the ready worker `name`, at once if its pool has another ready one, else behind its successor.
+
+        False: there is no such worker.
+        """
         slot = next((slot for slot in self._slots if slot.name == name and slot.phase == "ready"), None)
-        if slot is not None:
+        if slot is None:
+            return False
+        if any(other.phase == "ready" for other in self._staying(slot.role) if other is not slot):
             self._drain(slot, now, timeout)
-        return slot is not None
+        else:
+            slot.outdated, slot.patience = True, timeout
+        return True
 
     def restart(self) -> None:
         """Replace every worker that runs now, one at a time, while the pools stay whole."""
         for slot in self._slots:
             slot.outdated = slot.handle is not None and slot.phase != "draining"
+            slot.patience = self._limits.drain
 
     def step(self, now: float) -> None:
         """Look at every worker once and start, restart or drain what the wanted sizes ask for."""
@@ -163,7 +172,7 @@ class Controller:
         """Drain the next outdated worker, if all are ready and its pool has another one for the requests."""
         slot = self._next_outdated()
         if slot is not None and len(self._staying(slot.role)) > 1 and all(s.phase == "ready" for s in self._slots):
-            self._drain(slot, now, self._limits.drain)
+            self._drain(slot, now, slot.patience)
 
     def _resize(self, role: Role, now: float) -> None:
         outdated, staying = self._next_outdated(), self._staying(role)
@@ -240,7 +249,7 @@ class Controller:
         """The first restart is immediate; a crash loop waits 1, 2, 4, … seconds, a fault that stays the longest."""
         slot.failures += 1
         slot.detail = why
-        delay = 0.0 if slot.failures == 1 else min(MAX_BACKOFF, 2.0 ** (slot.failures - 2))
+        delay = 0.0 if slot.failures == 1 else min(MAX_BACKOFF, 2.0 ** min(slot.failures - 2, 10))
         if slot.report.permanent:
             delay = MAX_BACKOFF
         self._enter(slot, "backoff", now, delay)

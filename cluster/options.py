@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 
 import tandem.engine
+from tandem.common.kv_layout import MAX_BLOCK_SIZE
 from tandem.engine.config import EngineConfig
 
 _Options = TypeVar("_Options")
@@ -127,7 +128,7 @@ class EngineFlags:
     max_model_len: Annotated[int | None, _flag("Longest prompt + output, tokens. Default: the model's own.", min=1)] = (
         None
     )
-    block_size: Annotated[int, _flag("Tokens per KV block.", min=1, max=1024)] = 16
+    block_size: Annotated[int, _flag("Tokens per KV block.", min=4, max=MAX_BLOCK_SIZE)] = 16
     max_num_seqs: Annotated[int, _flag("Sequences one worker runs at a time.", min=1)] = 64
     max_num_batched_tokens: Annotated[int, _flag("Tokens one step computes at most.", min=1)] = 512
     kv_cache_memory_bytes: Annotated[
@@ -141,7 +142,9 @@ class EngineFlags:
     ] = 1
     load_format: Annotated[LoadFormat, _flag("dummy: random weights, for measuring.")] = LoadFormat.auto
     attention_backend: Annotated[str, _flag("auto, reference, cpu or triton.")] = "auto"
-    kv_connector: Annotated[str, _flag("What moves KV from prefill to decode workers: auto, torch.")] = "auto"
+    kv_connector: Annotated[
+        str, _flag("What moves KV from prefill to decode workers: auto, shm, tcp, nixl, cuda_ipc or torch.")
+    ] = "auto"
     device: Annotated[Device, _flag("auto: CUDA where there is a GPU.")] = Device.auto
     seed: Annotated[int, _flag("Of dummy weights.", min=0)] = 0
     enable_prefix_caching: Annotated[

@@ -22,6 +22,10 @@ class ActorLost(WorkerFailed):
     """It is dead, or did not answer in time."""
 
 
+class ActorSlow(ActorLost):
+    """It did not answer in time, and may be alive."""
+
+
 def create(actor: type, options: Mapping[str, object], *arguments: object) -> ActorHandle:
     """A new actor process. Raises RuntimeError when Ray refuses, e.g. because the name is taken."""
     try:
@@ -43,9 +47,11 @@ def is_done(reference: Reference) -> bool:
 
 
 def get(reference: Reference, timeout: float) -> Any:
-    """Raises ActorLost."""
+    """Raises ActorLost, or ActorSlow when there is no answer within `timeout` seconds."""
     try:
         return _ray.get(reference, timeout=timeout)
+    except ray.exceptions.GetTimeoutError as exc:
+        raise ActorSlow(f"no answer within {timeout:.0f} s") from exc
     except ray.exceptions.RayError as exc:
         raise ActorLost(_reason(exc)) from exc
 

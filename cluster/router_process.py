@@ -88,7 +88,7 @@ class RouterProcess:
         if code is None or now < self._retry_at:
             return ""
         self._failures += 1
-        self._retry_at = now + min(_LONGEST_WAIT, 0.5 * 2.0**self._failures)
+        self._retry_at = now + min(_LONGEST_WAIT, 0.5 * 2.0 ** min(self._failures, 10))
         self._process = self._start()
         return f"the router ended with status {code} and was started again"
 

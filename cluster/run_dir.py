@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -62,8 +63,13 @@ class RunDir:
 
 def find(url: str) -> Record:
     """The running serve of this user and machine that answers at `url`. Raises ConfigError."""
-    port = urlsplit(url).port
-    records = [record for record in _records() if urlsplit(record.url).port == port]
+    try:
+        asked, port = urlsplit(url).hostname, urlsplit(url).port
+    except ValueError as exc:
+        raise ConfigError(f"{url} is not the URL of a server: {exc}") from exc
+    here = {"127.0.0.1", "localhost", "::1", socket.gethostname()}
+    served = [(urlsplit(record.url), record) for record in _records()]
+    records = [record for at, record in served if at.port == port and asked in {at.hostname, *here}]
     if not records:
         raise ConfigError(f"no `tandem serve` of yours answers at {url} on this machine; give --url or --ray-address")
     return records[0]

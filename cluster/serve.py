@@ -45,6 +45,7 @@ CHECK_TIMEOUT = 60.0  # seconds, for a directory
 FETCH_TIMEOUT = 6 * 3600.0  # … and when the hub has to be asked
 HOPELESS = 3  # failures in a row of one worker while the cluster starts
 ANSWER_WITHIN = 20.0  # seconds for the controller
+PATIENCE = 3  # answers of the controller that may be late, before it and its workers are started again
 STOP_GRACE = 4.0  # seconds for the workers to leave in order
 RAY_RETRY = 5.0  # seconds between attempts to start another Ray
 
@@ -80,6 +81,7 @@ class Serve:
         self._outgoing = Outgoing(options.drain_timeout)
         self._gpus = False  # the workers have some
         self._ray_retry_at = 0.0
+        self._unanswered = 0  # questions to the controller, in a row
         self._key = cluster_key_from_env() if KEY_VARIABLE in os.environ else secrets.token_bytes(32)
 
     def run(self) -> None:
@@ -210,8 +212,11 @@ class Serve:
             return self._view
         try:
             self._view = ray_calls.get(self._parts.controller.view.remote(), ANSWER_WITHIN)
+            self._unanswered = 0
         except ray_calls.ActorLost as exc:
-            if self._ray_lost:
+            self._unanswered += 1
+            slow = isinstance(exc, ray_calls.ActorSlow) and self._unanswered < PATIENCE  # it may wait for Ray itself
+            if self._ray_lost or slow:
                 return self._view
             self._screen.step(f"the controller was lost ({exc.message}); starting it and its workers again")
             self._view = self._restart_controller()

@@ -65,24 +65,37 @@ class DrainRate:
 
 
 class Backlog:
-    """The limits of one worker's queue; the queue itself is the worker's."""
+    """The limits of one queue; the queue itself is its owner's."""
 
-    def __init__(self, max_requests: int, max_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_requests, self._max_tokens = max_requests, max_tokens
+    def __init__(
+        self,
+        max_requests: int,
+        max_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+        max_wait: float = math.inf,
+    ) -> None:
+        """`max_wait`: seconds that what waits may need to drain when more joins it."""
+        self._max_requests, self._max_tokens, self._max_wait = max_requests, max_tokens, max_wait
         self._rate = DrainRate(clock)
 
-    def check(self, requests: int, tokens: int, more: int) -> None:
-        """Whether one more request of `more` tokens may join so many. Raises Overloaded."""
+    def check(self, requests: int, tokens: int, more: int, joining: int = 1) -> None:
+        """Whether `joining` more requests of together `more` tokens may join so many. Raises Overloaded."""
         if requests == 0:
             self._rate.begin()
-        if requests == 0 or (requests < self._max_requests and tokens + more <= self._max_tokens):
             return
-        wait = self._rate.retry_after(requests)
-        raise Overloaded(
-            f"{requests} requests with {tokens} tokens already wait on this worker; try again in {wait} s",
-            retry_after=wait,
-        )
+        rate = self._rate.now()
+        full = requests + joining > self._max_requests or tokens + more > self._max_tokens
+        if full or (rate is not None and requests / rate > self._max_wait):
+            wait = self.retry_after(requests)
+            raise Overloaded(
+                f"{requests} sequences with {tokens} prompt tokens already wait; try again in {wait} s",
+                retry_after=wait,
+            )
 
-    def left(self) -> None:
-        """A request's turn came."""
-        self._rate.count(1)
+    def retry_after(self, requests: int) -> int:
+        """Seconds until so many have left at the recent rate."""
+        return self._rate.retry_after(requests)
+
+    def left(self, requests: int = 1) -> None:
+        """Their turn came."""
+        self._rate.count(requests)

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+MAX_BLOCK_SIZE = 1024  # tokens
+
+
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     revision: str  # of the model: hex digest over configuration and weights

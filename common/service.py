@@ -15,13 +15,13 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Protocol, TypeVar
 
 import grpc.aio
 
 from tandem.common import convert, rpc
-from tandem.common.errors import InternalError, Overloaded, TandemError, WorkerFailed
+from tandem.common.errors import InternalError, TandemError, WorkerFailed
 from tandem.common.kv_layout import KVLayout
 from tandem.common.proto import tandem_pb2 as pb
 from tandem.common.proto import tandem_pb2_grpc as services
@@ -38,7 +38,6 @@ HEARTBEAT = 0.5  # seconds between registrations
 START_TIMEOUT = 30.0  # seconds for the server to listen
 ANSWER_WITHIN = 60.0  # seconds for the worker's thread, which may be in a long step
 MAX_EVENTS = 1000  # a watcher this far behind is cut; it reconnects and gets everything anew
-MAX_DRAIN = 24 * 3600.0  # seconds
 STALLED = 60.0  # seconds; no step of a sound worker takes that long
 T = TypeVar("T")
 Submit = Callable[[int, Sink], None]  # (leg id, sink); runs on the worker's thread
@@ -82,10 +81,12 @@ class WorkerShell:
         self._worker_thread = WorkerThread(worker, self._after_step)
         self._drained = threading.Event()
         self._draining = False  # only the loop thread sets it, and only that admits legs
+        self._streams = 0  # legs whose updates are still being sent; only the loop thread changes it
         self._stopping = False
         self._last_beat = time.monotonic()
         self._server: grpc.aio.Server | None = None
         self._heartbeat: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------ life
 
@@ -115,7 +116,7 @@ class WorkerShell:
     def _refuse_new_legs(self) -> None:
         """On the loop thread, as admission: what was admitted is in the inbox before the change of state."""
         self._draining = True
-        self._worker.inbox.put(lambda: self._hub.set_state("draining"))
+        self._worker.inbox.put(self._tell_draining)
 
     def stop(self) -> None:
         """End at once: legs still running end with an error, the registration is withdrawn."""
@@ -142,10 +143,17 @@ class WorkerShell:
         await self._server.start()
         self._heartbeat = asyncio.create_task(self._register(registry))
 
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run `work` beside the calls, on the loop thread, until it ends or the worker stops."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def _shut_down(self) -> None:
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-            await asyncio.gather(self._heartbeat, return_exceptions=True)
+        tasks = [*self._tasks, *([self._heartbeat] if self._heartbeat is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._server is not None:
             await self._server.stop(grace=0.5)
         left = asyncio.all_tasks() - {asyncio.current_task()}
@@ -184,8 +192,12 @@ class WorkerShell:
 
     def _after_step(self) -> None:
         self._hub.publish()
-        if self._hub.state == "draining" and self._worker.idle:
+        if self._hub.state == "draining" and self._worker.idle and not self._streams:
             self._drained.set()
+
+    def _tell_draining(self) -> None:
+        self._hub.set_state("draining")
+        self._hub.publish()  # at once: until they know, routers find nobody as idle as a worker that refuses
 
     # ------------------------------------------------------------------ for the servicers
 
@@ -227,7 +239,7 @@ class WorkerShell:
     ) -> AsyncIterator[pb.LegUpdate]:
         """The updates of a leg until its end. Leaving early, for whatever reason, cancels it (rule H9)."""
         if self._draining or self._stopping:
-            await rpc.abort(context, Overloaded("this worker is draining; use another", retry_after=1.0))
+            await rpc.abort(context, WorkerFailed("this worker is draining; use another"))
         loop = asyncio.get_running_loop()
         updates: asyncio.Queue[LegUpdate] = asyncio.Queue()
         leg_id = next(self._leg_ids)
@@ -235,6 +247,7 @@ class WorkerShell:
             lambda: submit(leg_id, lambda update: loop.call_soon_threadsafe(updates.put_nowait, update))
         )
         ended, patience = False, time.monotonic() + leg.timeout + 5.0  # the worker itself ends a leg at its deadline
+        self._streams += 1
         try:
             while not ended:
                 update = await self._next(updates, patience)
@@ -244,6 +257,7 @@ class WorkerShell:
                 if update.error is not None:
                     await rpc.abort(context, update.error)
         finally:
+            self._streams -= 1
             if not ended:
                 self._worker.inbox.put(lambda: self._worker.cancel(leg_id))
 
@@ -298,7 +312,3 @@ class _WorkerServicer(services.WorkerServicer):
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WorkerEvent]:
         async for event in self._shell.watch():
             yield event
-
-    async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainReply:
-        timeout = min(max(request.timeout, 0.0), MAX_DRAIN)
-        return pb.DrainReply(drained=await asyncio.to_thread(self._shell.drain, timeout))

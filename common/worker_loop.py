@@ -33,17 +33,18 @@ class Inbox:
         self._queue.put(command)
 
     def run_pending(self, wait: float = 0.0) -> bool:
-        """Run everything queued, waiting up to `wait` seconds for a first command. Whether anything ran."""
+        """Run everything queued, waiting up to `wait` seconds for a first command. Whether anything ran.
+
+        What is put meanwhile has to wait for the next time: whoever puts without pause must not stop the worker.
+        """
         try:
             command = self._queue.get(timeout=wait) if wait else self._queue.get_nowait()
         except queue.Empty:
             return False
-        while True:
-            command()
-            try:
-                command = self._queue.get_nowait()
-            except queue.Empty:
-                return True
+        command()
+        for _ in range(self._queue.qsize()):
+            self._queue.get_nowait()()
+        return True
 
 
 class Worker(Protocol):

@@ -75,6 +75,7 @@ class Handoffs:
         self._early: dict[bytes, Early] = {}
         self._quarantine: dict[bytes, Quarantined] = {}  # by transfer id
         self._generations = itertools.count(1)
+        self._links: dict[str, LandLink] = {}  # the latest of each P, by its incarnation
 
     @property
     def count(self) -> int:
@@ -161,21 +162,25 @@ class Handoffs:
         for reservation in [r for r in self._reservations.values() if r.link is link]:
             error = TransferFailed(f"the link to prefill worker {reservation.ticket.prefill} broke: {reason}")
             self._fail(reservation, error, tell=False)
+        self._links = {peer: latest for peer, latest in self._links.items() if latest is not link}
 
     # ------------------------------------------------------------------ quarantine (rule H3)
 
     def attached(self, link: LandLink, peer: str) -> None:
-        """P opens a link only when nothing of its former one is in flight any more."""
-        self._release_quarantined(lambda item: item.peer == peer and item.link is not link)
+        """P opens a link only when nothing of its former one is in flight: that is over, whether we know it or not."""
+        former = self._links.get(peer)
+        if former is not None:
+            former.close()
+            self.on_lost(former, "the prefill worker opened another one")
+            self.is_quiet(former)
+        self._links[peer] = link
 
-    def peer_is_quiet(self, peer: str) -> None:
-        """P is dead, or says that nothing of its former link is in flight."""
-        self._release_quarantined(lambda item: item.peer == peer)
+    def is_quiet(self, link: LandLink) -> None:
+        """Nothing that P sent over `link`, which has ended, is in flight any more."""
+        self._release_quarantined(lambda item: item.link is link)
 
-    @property
-    def quarantined_peers(self) -> set[str]:
-        """The incarnations that hold blocks in quarantine."""
-        return {item.peer for item in self._quarantine.values()}
+    def has_quarantined(self, link: LandLink) -> bool:
+        return any(item.link is link for item in self._quarantine.values())
 
     def _on_released(self, link: LandLink, message: Released) -> None:
         """Generation 0: P gave up while the grant was on its way, so it has written nothing."""
@@ -207,6 +212,8 @@ class Handoffs:
 
     def _on_reserve(self, link: LandLink, message: Reserve) -> None:
         failpoint("decode.reserve")
+        if link.ended:
+            return  # nothing of it may begin behind its end, which was the last that we hear of it
         try:
             ticket = self._gate.verify(message.ticket)
             if ticket.transfer_id != message.transfer_id:
@@ -305,8 +312,8 @@ class Handoffs:
             link.revoke(reservation.id)
         if link is not None and reserved and link.one_sided:
             self._pool.quarantine(reserved)
-            peer, patience = reservation.ticket.prefill_incarnation, time.monotonic() + self._limits.quarantine
-            self._quarantine[reservation.id] = Quarantined(reserved, reservation.generation, link, peer, patience)
+            patience = time.monotonic() + self._limits.quarantine
+            self._quarantine[reservation.id] = Quarantined(reserved, reservation.generation, link, patience)
         else:
             self._give_back(reserved)
         if tell and link is not None:

@@ -55,5 +55,4 @@ class Quarantined:
     blocks: list[int]
     generation: int
     link: LandLink
-    peer: str  # incarnation of P
     patience: float  # monotonic; P's word is due until then, or its link is given up

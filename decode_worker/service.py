@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import grpc.aio
 
 from tandem.common import convert, rpc
 from tandem.common.errors import TandemError, TicketRefused, TransferFailed
-from tandem.common.handoff import Message, TicketGate, decode, encode
+from tandem.common.handoff import Frame, Message, TicketGate, decode, encode
 from tandem.common.hosted import OnProgress
 from tandem.common.proto import tandem_pb2 as pb
 from tandem.common.proto import tandem_pb2_grpc as services
@@ -27,9 +28,11 @@ from tandem.kv_transfer.context import Context
 from tandem.kv_transfer.heart import Heart
 from tandem.kv_transfer.land import LandLink
 from tandem.kv_transfer.negotiation import NegotiatedReceiver
+from tandem.kv_transfer.payload import Payload
 from tandem.kv_transfer.registry import choose
 
 TRANSFER_TIMEOUT = 30.0  # seconds a frame may take
+FRAMES_AHEAD = 4  # of a link, that wait for the worker's thread; during a long step the next ones wait on the wire
 
 
 class DecodeServer(WorkerServer):
@@ -96,7 +99,6 @@ class _Handoff(services.HandoffServicer):
         self._shell, self._config, self._allowed = shell, config, allowed
         self._worker, self._engine, self._heart = worker, engine, heart
         self._incarnation = shell.description.incarnation
-        self._undertakers: set[asyncio.Task[None]] = set()
 
     async def Channel(self, request_iterator: AsyncIterator[pb.Envelope], context: Any) -> AsyncIterator[pb.Envelope]:
         peer = await self._peer(context)
@@ -111,30 +113,18 @@ class _Handoff(services.HandoffServicer):
             reader.cancel()
             channel.peer_gone("the prefill worker closed the channel")
             link.close()
-            self._watch(peer)
+            self._watch(peer, link)
 
-    def _watch(self, peer: Peer) -> None:
+    def _watch(self, peer: Peer, link: LandLink) -> None:
         """Behind a broken link: end the quarantine of what it wrote to, when that is safe."""
-        worker = self._worker
+        inbox, handoffs = self._worker.inbox, self._worker.handoffs
+        inbox.put(lambda: handoffs.on_lost(link, "it ended"))  # whoever ended it may not have said so yet
         undertaker = Undertaker(
-            lambda: self._shell.ask(lambda: worker.handoffs.quarantined_peers),
-            lambda incarnation: worker.inbox.put(lambda: worker.handoffs.peer_is_quiet(incarnation)),
-            self._ask,
+            lambda: self._shell.ask(lambda: handoffs.has_quarantined(link)),
+            lambda: inbox.put(lambda: handoffs.is_quiet(link)),
+            lambda address: ask_prefill_worker(address, self._config.cluster_key, self._incarnation),
         )
-        task = asyncio.create_task(undertaker.follow(peer), name=f"undertaker-{peer.incarnation}")
-        self._undertakers.add(task)
-        task.add_done_callback(self._undertakers.discard)
-
-    async def _ask(self, address: str) -> Answer:
-        channel = rpc.create_channel(address, self._config.cluster_key)
-        try:
-            stub: Any = services.PrefillWorkerStub(channel)  # generated code without types
-            reply = await stub.Quiet(pb.QuietRequest(decode_incarnation=self._incarnation))
-            return Answer(reply.incarnation, reply.quiet)
-        except grpc.RpcError as exc:
-            raise rpc.to_error(exc) from exc
-        finally:
-            await channel.close(None)
+        self._shell.spawn(undertaker.follow(peer), f"undertaker-{peer.incarnation}")
 
     async def _peer(self, context: Any) -> Peer:
         metadata = dict(context.invocation_metadata())
@@ -146,17 +136,44 @@ class _Handoff(services.HandoffServicer):
         inbox, handoffs = self._worker.inbox, self._worker.handoffs
         store = self._engine.store
         context = Context(channel, store.layout, self._engine.device, self._config.host, store.memory, store.fd)
+        places = threading.Semaphore(FRAMES_AHEAD)
+
+        def on_frame(frame: Frame, payload: Payload) -> None:
+            while not places.acquire(timeout=1.0):
+                if link.ended:
+                    return
+            inbox.put(lambda: take(frame, payload))
+
+        def take(frame: Frame, payload: Payload) -> None:
+            handoffs.on_frame(link, frame, payload)
+            places.release()
+
         link = LandLink(
             context,
             NegotiatedReceiver(context, self._allowed),
             on_message=lambda message: inbox.put(lambda: handoffs.on_message(link, message)),
-            on_frame=lambda frame, payload: inbox.put(lambda: handoffs.on_frame(link, frame, payload)),
+            on_frame=on_frame,
             on_lost=lambda reason: inbox.put(lambda: handoffs.on_lost(link, reason)),
             timeout=TRANSFER_TIMEOUT,
         )
         link.open()
         self._heart.add(link)
         return link
+
+
+async def ask_prefill_worker(address: str, cluster_key: bytes, incarnation: str) -> Answer:
+    """Who is there, and whether anything is in flight to the decode worker of that incarnation. Raises TandemError."""
+    channel = rpc.create_channel(address, cluster_key)
+    try:
+        stub: Any = services.PrefillWorkerStub(channel)  # generated code without types
+        reply = await stub.Quiet(pb.QuietRequest(decode_incarnation=incarnation))
+        return Answer(reply.incarnation, reply.quiet)
+    except grpc.aio.AioRpcError as exc:
+        if exc.code() is grpc.StatusCode.UNIMPLEMENTED:  # it has the key, and is no prefill worker
+            return Answer("", False)
+        raise rpc.to_error(exc) from exc
+    finally:
+        await channel.close(None)
 
 
 class HandoffChannel:

@@ -38,6 +38,7 @@ class PagedKVCache:
         self._file = SharedFile.create() if device.type == "cpu" and world == 1 else None
         # (blocks, bytes of this rank's part): moving bytes needs neither the dtype nor its alignment
         self.memory = _zeros(size, device, self._file).view(num_blocks, local.block_bytes)
+        self._host = self.memory.numpy() if device.type == "cpu" else None  # moves rows ten times faster than torch
         self._layer_bytes = local.layer_bytes
         self.tensor = self.memory.view(-1).view(dtype).view(num_blocks, *local.block_shape)
         # one layer each: (blocks, 2, kv_heads_local, block_size, head_dim), strided
@@ -45,6 +46,8 @@ class PagedKVCache:
 
     def read(self, blocks: Sequence[int]) -> Tensor:
         """A copy of the blocks: (len(blocks), local block bytes) uint8 on the cache's device."""
+        if self._host is not None:
+            return torch.from_numpy(self._host[list(blocks)])
         return self.memory.index_select(0, self._ids(blocks))
 
     def write(
@@ -55,13 +58,19 @@ class PagedKVCache:
         count = self.layout.layers if num_layers is None else num_layers
         start, size = first_layer * self._layer_bytes, count * self._layer_bytes
         assert payload.shape == (len(blocks), size), f"payload {payload.shape} for {len(blocks)} blocks of {size} bytes"
-        self.memory[self._ids(blocks), start : start + size] = payload.to(self.memory.device)
+        if self._host is not None:
+            self._host[list(blocks), start : start + size] = payload.numpy(force=True)
+        else:
+            self.memory[self._ids(blocks), start : start + size] = payload.to(self.memory.device)
 
     def copy(self, source: int, target: int) -> None:
         self.memory[target] = self.memory[source]
 
     def zero(self, blocks: Sequence[int]) -> None:
-        self.memory[self._ids(blocks)] = 0
+        if self._host is not None:
+            self._host[list(blocks)] = 0
+        else:
+            self.memory[self._ids(blocks)] = 0
 
     def fence(self) -> Callable[[], None] | None:
         """Waits, in any thread, until the device has done what was asked of it so far; None: it has."""

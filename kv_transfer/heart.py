@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 from collections.abc import Callable
 from typing import Protocol
+
+logger = logging.getLogger(__name__)
 
 INTERVAL = 0.5  # seconds; a tenth of what a peer may be silent (link.py › SILENCE)
 
@@ -13,6 +17,8 @@ class Beating(Protocol):
     def beat(self) -> bool:
         """False: over, ask no more."""
         ...
+
+    def lose(self, reason: str) -> None: ...
 
 
 class Heart:
@@ -41,6 +47,17 @@ class Heart:
     def _beat(self) -> None:
         with self._lock:
             links = list(self._links)
-        ended = [link for link in links if not link.beat()]
+        ended = [link for link in links if not _beats(link)]
         with self._lock:
             self._links = [link for link in self._links if link not in ended]
+
+
+def _beats(link: Beating) -> bool:
+    """One link's bug ends that link: the others' heartbeats go on."""
+    try:
+        return link.beat()
+    except Exception as exc:
+        logger.exception("a heartbeat failed")
+        with contextlib.suppress(Exception):
+            link.lose(f"internal error in a heartbeat: {exc!r}")
+        return False

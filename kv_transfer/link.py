@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Generic, TypeVar
 
 from tandem.common.errors import TandemError
@@ -80,6 +80,11 @@ class Link(ABC, Generic[Job, Path]):
         """End the link as lost, on_lost included: the peer does not keep its word."""
         self._end(reason)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it has; `on_lost` may still be on its way."""
+        return self._ended
+
     def join(self, timeout: float) -> bool:
         """Wait for the thread of an ended link; False if it is still busy after `timeout` seconds."""
         if self._thread.ident is not None:
@@ -149,8 +154,9 @@ class Link(ABC, Generic[Job, Path]):
             self._ended = True
             self._jobs.clear()
             self._changed.notify()
-        self._context.mailbox.close()
-        self._path.close()
-        self._channel.close()
-        if reason is not None:
-            self._on_lost(reason)
+        with ExitStack() as whatever_fails:  # the last one first
+            if reason is not None:
+                whatever_fails.callback(self._on_lost, reason)
+            whatever_fails.callback(self._channel.close)
+            whatever_fails.callback(self._path.close)
+            whatever_fails.callback(self._context.mailbox.close)

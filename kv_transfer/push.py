@@ -32,6 +32,7 @@ class _Job:
     transfer_id: bytes
     generation: int
     work: Piece | Manifest
+    on_sent: Callable[[], None] | None = None
     dropped: bool = field(default=False, kw_only=True)  # set by forget, also on the job being served
 
 
@@ -74,9 +75,12 @@ class PushLink(Link[_Job, Sender]):
             self._backlog += piece.payload.nbytes
         self._put(_Job(transfer_id, generation, piece))
 
-    def finish(self, manifest: Manifest) -> None:
-        """Queue the manifest behind all frames of the transfer; the digests of what was sent are filled in."""
-        self._put(_Job(manifest.transfer_id, manifest.generation, manifest))
+    def finish(self, manifest: Manifest, on_sent: Callable[[], None] | None = None) -> None:
+        """Queue the manifest behind all frames of the transfer; the digests of what was sent are filled in.
+
+        `on_sent` is called from the link's thread when it has left.
+        """
+        self._put(_Job(manifest.transfer_id, manifest.generation, manifest, on_sent))
 
     def forget(self, transfer_id: bytes, on_quiet: Callable[[], None]) -> None:
         """Drop what is queued of a transfer that is over. `on_quiet` is called, at once or from the link's thread,
@@ -136,7 +140,8 @@ class PushLink(Link[_Job, Sender]):
                 payload=piece.payload[start:stop],
                 targets=piece.targets[start:stop],
             )
-            self._send_frame(job, part)
+            if not job.dropped:
+                self._send_frame(job, part)
             with self._changed:
                 self._backlog -= part.payload.nbytes
 
@@ -173,6 +178,8 @@ class PushLink(Link[_Job, Sender]):
                 return
             digests = self._digests.pop(job.transfer_id, BlockDigests(self._context.layout.layers))
         self._channel.send(replace(manifest, digests=digests.in_order()))
+        if job.on_sent is not None:
+            job.on_sent()
 
 
 def _size(job: _Job) -> int:

@@ -51,8 +51,8 @@ class PrefillServer(WorkerServer):
         worker = PrefillWorker(loaded, pool, gate, connect, limits)
         description = describe(config, incarnation, loaded.layout, loaded.max_model_len, engine.max_num_seqs)
         shell = WorkerShell(config, description, worker, WatchHub(description, worker.load, pool))
+        connect.address = lambda: shell.address
         shell.start(lambda server, shell: services.add_PrefillWorkerServicer_to_server(_Prefill(shell, worker), server))
-        connect.address = shell.address
         heart.start(shell.healthy)
         return cls(shell, {**loaded.describe(), "connector": why}, pool, heart)
 
@@ -92,12 +92,12 @@ class _Connector:
     ) -> None:
         self._config, self._allowed, self._incarnation = config, allowed, incarnation
         self._engine, self._heart = engine, heart
-        self.address = ""  # this worker's, where D can ask whether it lives
+        self.address: Callable[[], str] = str  # this worker's, once it listens: where D can ask whether it lives
 
     def __call__(
         self, address: str, incarnation: str, on_message: Callable[[Message], None], on_lost: Callable[[str], None]
     ) -> PushLink:
-        metadata = (("tandem-from", self._incarnation), ("tandem-to", incarnation), ("tandem-address", self.address))
+        metadata = (("tandem-from", self._incarnation), ("tandem-to", incarnation), ("tandem-address", self.address()))
         channel = HandoffChannel(rpc.create_sync_channel(address, self._config.cluster_key), metadata)
         store = self._engine.store
         context = Context(channel, store.layout, self._engine.device, self._config.host, store.memory, store.fd)

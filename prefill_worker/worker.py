@@ -6,6 +6,7 @@ No Ray, gRPC or asyncio here: `service.py` feeds the inbox, links deliver messag
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from tandem.common.backlog import Backlog
 from tandem.common.errors import Cancelled, DeadlineExceeded, InternalError, TandemError, TransferFailed, WorkerFailed
 from tandem.common.failpoints import failpoint
 from tandem.common.handoff import Abort, Ack, Grant, Message, Refuse, Released, Reserve, TicketGate
+from tandem.common.kv_layout import MAX_BLOCK_SIZE
 from tandem.common.request import Leg, LegUpdate, Token
 from tandem.common.worker_info import Load
 from tandem.common.worker_loop import Inbox, Sink
@@ -45,8 +47,8 @@ class PrefillLimits:
     max_num_queued_reqs: int = 1024  # legs that wait here for their first chunk
     max_num_queued_tokens: int = 1 << 20  # of those legs
     reserve_ahead: int = 4  # steps whose tokens may hold or await a grant
-    grant_timeout: float = 30.0  # seconds D may take to answer a Reserve
-    ack_timeout: float = 30.0  # seconds D may take to answer a Manifest
+    grant_timeout: float = 10.0  # seconds D may take to answer a Reserve
+    ack_timeout: float = 10.0  # seconds D may take to answer a Manifest that has left
     retry_pause: float = 0.05  # seconds before D is asked again after Refuse(later)
     max_backlog_bytes: int = 256 << 20  # payload copied out of the cache and not yet sent, per link
     pipelined_from: int = 256  # tokens; shorter prompts are sent in one piece (docs/benchmarks.md has the threshold)
@@ -155,9 +157,16 @@ class PrefillWorker:
                     self._finish(transfer, transfer.outgoing)
 
     def _finish(self, transfer: Transfer, outgoing: Outgoing) -> None:
-        transfer.phase, transfer.phase_deadline = Phase.SENT, time.monotonic() + self._limits.ack_timeout
-        if not failpoint("prefill.finished"):
-            transfer.link.finish(outgoing.manifest(transfer.first_tokens))
+        transfer.phase, transfer.phase_deadline = Phase.SENT, math.inf  # what is queued before it takes its time
+        if failpoint("prefill.finished"):
+            self._await_ack(transfer)
+        else:
+            manifest = outgoing.manifest(transfer.first_tokens)
+            transfer.link.finish(manifest, lambda: self.inbox.put(lambda: self._await_ack(transfer)))
+
+    def _await_ack(self, transfer: Transfer) -> None:
+        """The manifest has left, so D's answer is due."""
+        transfer.phase_deadline = time.monotonic() + self._limits.ack_timeout
 
     # ------------------------------------------------------------------ commands
 
@@ -250,6 +259,7 @@ class PrefillWorker:
         for transfer in [t for t in self._transfers.values() if t.link is link]:
             self._end(transfer, TransferFailed(f"the link to decode worker {transfer.ticket.decode} broke: {reason}"))
         if link is not None:
+            self._lost = {key: lost for key, lost in self._lost.items() if not lost.join(0.0)}
             self._lost[incarnation] = link
             link.close()
 
@@ -265,14 +275,14 @@ class PrefillWorker:
                 self._end(transfer, TransferFailed(f"no answer from decode worker {transfer.ticket.decode} in time"))
 
     def _end(self, transfer: Transfer, error: TandemError | None) -> None:
-        """The one end of a transfer. Its blocks are released when nothing of it is in flight: after an Ack, that is
-        now."""
+        """The one end of a transfer. Its blocks are released when nothing of it is in flight, by this thread: the link
+        tells from its own."""
         del self._transfers[transfer.id], self._by_leg[transfer.leg_id], self._by_sequence[transfer.sequence]
         self._scheduler.leave(transfer.sequence)
         transfer.phase = Phase.LEAVING
         self._leaving.add(transfer)
         if error is None:
-            transfer.link.forget(transfer.id, lambda: self._release(transfer))
+            transfer.link.forget(transfer.id, lambda: self.inbox.put(lambda: self._release(transfer)))
             transfer.sink(LegUpdate(stats=transfer.stats()))
             return
         transfer.link.post(Abort(transfer.id, transfer.generation, error.message))
@@ -321,7 +331,7 @@ class PrefillWorker:
 
 def _fits(grant: Grant, num_tokens: int) -> bool:
     """Whether a grant ends where the prompt does, in D's own block size."""
-    if not grant.block_size or len(grant.targets) not in (0, grant.num_blocks):
+    if not 0 < grant.block_size <= MAX_BLOCK_SIZE or len(grant.targets) not in (0, grant.num_blocks):
         return False
     return grant.first_block + grant.num_blocks == blocks_for(num_tokens, grant.block_size)
 

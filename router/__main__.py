@@ -22,7 +22,7 @@ from tandem.common.registry import Registry
 from tandem.common.rpc import format_address
 from tandem.common.worker_config import cluster_key_from_env
 from tandem.router.app import Services, create_app
-from tandem.router.http_protocol import BoundedHeadProtocol
+from tandem.router.http_protocol import bounded_protocol
 from tandem.router.responses import error_response
 from tandem.router.settings import RouterSettings
 
@@ -141,7 +141,7 @@ def serve(settings: RouterSettings) -> None:
         door = Door(create_app(services))
         config = uvicorn.Config(
             door,
-            http=BoundedHeadProtocol,
+            http=bounded_protocol(settings.send_timeout),
             log_config=None,
             access_log=False,
             lifespan="on",

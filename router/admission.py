@@ -13,8 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from tandem.common.backlog import DrainRate
-from tandem.common.errors import Overloaded
+from tandem.common.backlog import Backlog
 
 
 class Admission:
@@ -26,48 +25,29 @@ class Admission:
         """`max_wait`: seconds that the backlog may need to drain when a request joins it."""
         self.sequences = 0
         self.tokens = 0
-        self._max_sequences = max_sequences
-        self._max_tokens = max_tokens
-        self._max_wait = max_wait
-        self._rate = DrainRate(clock)
+        self._backlog = Backlog(max_sequences, max_tokens, clock, max_wait)
 
     def check(self) -> None:
         """Raises Overloaded if not even the smallest request would be admitted now."""
-        self._check(1, 1)
+        self._backlog.check(self.sequences, self.tokens, 1)
 
     def admit(self, prompts: Sequence[int], choices: int = 1) -> list[Entry]:
         """Room for one request: prompts of so many tokens, `choices` sequences each. Raises Overloaded."""
         sequences, tokens = len(prompts) * choices, sum(prompts)
-        self._check(sequences, tokens)
-        if not self.sequences:
-            self._rate.begin()
+        self._backlog.check(self.sequences, self.tokens, tokens, sequences)
         self.sequences += sequences
         self.tokens += tokens
         return [Entry(self, length, choices) for length in prompts]
 
-    def _check(self, sequences: int, tokens: int) -> None:
-        if not self.sequences:
-            return
-        rate = self._rate.now()
-        full = self.sequences + sequences > self._max_sequences or self.tokens + tokens > self._max_tokens
-        slow = rate is not None and self.sequences / rate > self._max_wait
-        if full or slow:
-            wait = self._rate.retry_after(self.sequences)
-            raise Overloaded(
-                f"{self.sequences} sequences with {self.tokens} prompt tokens already wait for their first token; "
-                f"try again in {wait} s",
-                retry_after=wait,
-            )
-
     def retry_after(self) -> int:
         """Seconds until today's backlog has drained at the recent rate."""
-        return self._rate.retry_after(self.sequences)
+        return self._backlog.retry_after(self.sequences)
 
     def release(self, entry: Entry, served: bool) -> None:
         self.sequences -= entry.choices
         self.tokens -= entry.prompt_tokens
         if served:
-            self._rate.count(entry.choices)
+            self._backlog.left(entry.choices)
 
 
 class Entry:

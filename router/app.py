@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from tandem.router.dispatch import Dispatcher
 from tandem.router.formats import AnswerFormat, ChatFormat, CompletionFormat
 from tandem.router.membership import Discovery, Membership
 from tandem.router.metrics import RouterMetrics
-from tandem.router.middleware import ApiKey, HttpMetrics, RequestId
+from tandem.router.middleware import ApiKey, HttpMetrics, LastWord, RequestId
 from tandem.router.model_info import read_sampling_defaults, read_vocab_size
 from tandem.router.openai import ModelLimits, parse_chat, parse_completion, to_request
 from tandem.router.prompts import PromptBuilder
@@ -38,7 +38,7 @@ from tandem.router.schema import (
     validate,
 )
 from tandem.router.settings import RouterSettings
-from tandem.router.status import cluster_status, context_length, not_ready_reason
+from tandem.router.status import cluster_status, not_ready_reason
 from tandem.router.work import ParsedRequest
 
 
@@ -63,7 +63,7 @@ class Services:
         tokenizer = Tokenizer.load(directory)
         defaults = read_sampling_defaults(directory) if settings.generation_config == "auto" else {}
         metrics = RouterMetrics(settings.served_model_names[0])
-        membership = Membership(registry, settings.cluster_key)
+        membership = Membership(registry, settings.cluster_key, settings.max_model_len)
         metrics.follow(membership)
         dispatcher = Dispatcher(settings, membership, metrics)
         admission = Admission(settings.max_num_queued_reqs, settings.max_num_queued_tokens, settings.max_queue_wait)
@@ -81,12 +81,12 @@ class Api:
         self._services = services
         self._settings = services.settings
         self._started = int(time.time())
+        self._parsing = 0  # requests between their body and admission
 
     # ------------------------------------------------------------------ generation
 
     async def chat(self, request: Request) -> Any:
-        data = await self._read(request)
-        parsed = await until_gone(request.receive, self._parse_chat(data, time.monotonic()))
+        parsed = await self._parsed(request, self._parse_chat)
         return await self._answer(request, parsed, ChatFormat(parsed))
 
     async def _parse_chat(self, data: bytes, arrival: float) -> ParsedRequest:
@@ -98,8 +98,7 @@ class Api:
         return to_request(body, [prompt], await self._limits(), arrival)
 
     async def completions(self, request: Request) -> Any:
-        data = await self._read(request)
-        parsed = await until_gone(request.receive, self._parse_completion(data, time.monotonic()))
+        parsed = await self._parsed(request, self._parse_completion)
         return await self._answer(request, parsed, CompletionFormat(parsed))
 
     async def _parse_completion(self, data: bytes, arrival: float) -> ParsedRequest:
@@ -108,16 +107,31 @@ class Api:
         prompts = await self._services.prompts.completion(body)
         return to_request(body, prompts, await self._limits(), arrival)
 
-    async def _read(self, request: Request) -> bytes:
-        """The body. Raises Overloaded before it is looked at when there is no room for any request."""
-        data = await read_body(request, self._settings.max_body_bytes)
+    async def _parsed(
+        self, request: Request, parse: Callable[[bytes, float], Coroutine[Any, Any, ParsedRequest]]
+    ) -> ParsedRequest:
+        """What comes before admission, bounded like what comes behind it, in requests and in time.
+
+        Raises Overloaded before the body is looked at when there is no room for any request.
+        """
+        settings = self._settings
+        data = await read_body(request, settings.max_body_bytes)
         self._services.admission.check()
-        return data
+        if self._parsing >= settings.max_num_queued_reqs:
+            raise Overloaded(f"{self._parsing} requests already wait to be admitted; try again", retry_after=1.0)
+        self._parsing += 1
+        limit = min(settings.queue_timeout, settings.request_timeout)
+        try:
+            return await until_gone(request.receive, parse(data, time.monotonic()), limit)
+        except TimeoutError as exc:
+            raise Overloaded(f"the request could not be admitted within {limit:g} s; try again") from exc
+        finally:
+            self._parsing -= 1
 
     async def _answer(self, request: Request, parsed: ParsedRequest, form: AnswerFormat) -> Any:
         completions = self._services.completions
         if parsed.output.stream:
-            return EventStream(lambda outbox: completions.stream(parsed, form, outbox), self._settings)
+            return EventStream(lambda outbox: completions.stream(parsed, form, outbox), self._settings.keep_alive)
         return JSONResponse(await until_gone(request.receive, completions.whole(parsed, form)))
 
     async def _limits(self) -> ModelLimits:
@@ -125,7 +139,7 @@ class Api:
         services, settings = self._services, self._settings
         if not await services.membership.wait_for(services.membership.can_serve, settings.worker_wait):
             raise Overloaded("no decode worker is ready; try again later", retry_after=settings.worker_wait)
-        length = context_length(settings, services.membership)
+        length = services.membership.max_model_len
         if length is None:
             raise InternalError("a worker is ready, but its context length is not known")
         return ModelLimits(
@@ -159,7 +173,7 @@ class Api:
             "owned_by": "tandem",
             "root": self._settings.served_model_names[0],
             "parent": None,
-            "max_model_len": context_length(self._settings, self._services.membership),
+            "max_model_len": self._services.membership.max_model_len,
         }
 
     async def tokenize(self, request: Request) -> Any:
@@ -169,7 +183,7 @@ class Api:
         backend = self._services.tokenizer
         return {
             "count": len(ids),
-            "max_model_len": context_length(self._settings, self._services.membership),
+            "max_model_len": self._services.membership.max_model_len,
             "tokens": ids,
             "token_strs": [backend.token(token_id) for token_id in ids] if body.return_token_strs else None,
         }
@@ -227,7 +241,7 @@ def create_app(services: Services) -> FastAPI:
     _add_routes(app, Api(services))
     app.add_exception_handler(TandemError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(LastWord)  # the last one added is the outermost
     app.add_middleware(ApiKey, keys=services.settings.api_keys)
     app.add_middleware(HttpMetrics, metrics=services.metrics)
     app.add_middleware(RequestId)
@@ -270,8 +284,3 @@ async def _on_http_exception(request: Request, exc: Exception) -> Response:
         response.headers.update(exc.headers or {})
         return response
     return error_response(InvalidRequest(str(exc.detail)))
-
-
-async def _on_bug(request: Request, exc: Exception) -> Response:
-    """The server logs the traceback; the client learns nothing of our insides."""
-    return error_response(InternalError("the server failed while answering; it has been logged"))

@@ -177,8 +177,8 @@ class Completions:
 
     async def _prompt(self, work: Work, sink: PromptSink, gate: asyncio.Semaphore, answer: Answer) -> None:
         async with gate:
-            outcome = await self._dispatcher.run(work, sink)
-        answer.cached_tokens += outcome.cached_tokens
+            cached_tokens = await self._dispatcher.run(work, sink)
+        answer.cached_tokens += cached_tokens
 
     def _choices(self, first: int, work: Work, request: ParsedRequest) -> list[ChoiceText]:
         output = request.output

@@ -1,8 +1,8 @@
 """The life of an admitted request: choose workers, mint a ticket, open both legs, follow them to one end.
 
-    Dispatcher.run ── attempt 0 ──► Attempt: prefill leg ∥ decode leg ── all choices ended ──► Outcome
+    Dispatcher.run ── attempt 0 ──► Attempt: prefill leg ∥ decode leg ── all choices ended
                          │ retryable error                                   ▲
-                         └─► attempt 1 … on other workers, from the tokens the client already has
+                         └─► attempt 1 … on other workers of the same model, from the tokens the client already has
 
 The first token of each choice comes from the prefill leg, the others from the decode leg. A leg that fails cancels
 the other; leaving `run`, for whatever reason, cancels both before it returns.
@@ -52,11 +52,6 @@ class Pair:
     decode: Worker
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    cached_tokens: int
-
-
 class Dispatcher:
     def __init__(self, settings: RouterSettings, membership: Membership, metrics: RouterMetrics) -> None:
         self._settings = settings
@@ -64,8 +59,11 @@ class Dispatcher:
         self._metrics = metrics
         self._budget = RetryBudget()
 
-    async def run(self, work: Work, sink: Sink) -> Outcome:
-        """Every choice of `work` to its end. Raises TandemError: the request's one end otherwise."""
+    async def run(self, work: Work, sink: Sink) -> int:
+        """Every choice of `work` to its end; how many tokens of its prompt were found in a prefix cache.
+
+        Raises TandemError: the request's one end otherwise.
+        """
         generation = Generation(work, sink)
         self._budget.request()
         try:
@@ -77,7 +75,7 @@ class Dispatcher:
             raise type(exc)("a worker failed while it served this request, and so did the retries; try again") from exc
         except TimeoutError as exc:
             raise DeadlineExceeded("the request missed its deadline; ask for less, or raise --request-timeout") from exc
-        return Outcome(min(generation.cached_tokens, len(work.prompt_ids)))
+        return min(generation.cached_tokens, len(work.prompt_ids))
 
     async def _serve(self, generation: Generation, choices: tuple[int, ...], attempt: int) -> None:
         """One attempt, and the next ones if it fails; choices that already have tokens go on separately."""
@@ -101,7 +99,7 @@ class Dispatcher:
 
     def _full(self, pair: Pair, failure: TandemError) -> bool:
         """Whether the attempt was refused for want of room; one that drains, or is gone by now, refused for that."""
-        members = self._membership.workers()
+        members = self._membership.all_workers()
         workers = [worker for worker in (pair.prefill, pair.decode) if worker is not None]
         return isinstance(failure, Overloaded) and all(w.state == "ready" and w in members for w in workers)
 
@@ -112,31 +110,33 @@ class Dispatcher:
         """
         settings, members = self._settings, self._membership
         wait = settings.recovery_wait if generation.avoid else settings.worker_wait
-        if not await members.wait_for(members.can_serve, wait):
+        if not await members.wait_for(lambda: members.can_serve(generation.identity), wait):
             raise Overloaded("no decode worker is available; try again later", retry_after=settings.worker_wait)
-        cached = self._cached(generation.token_ids(choices), generation.work.cache_salt)
-        decode = self._pick("decode", cached, generation.avoid)
+        cached = self._cached(generation, choices)
+        decode = self._pick("decode", generation, cached)
         alone = last and generation.transfer_failed
-        prefill = None if alone else self._pick("prefill", cached, generation.avoid)
+        prefill = None if alone else self._pick("prefill", generation, cached)
         if decode is None:
             raise InternalError("a decode worker was there and is not")
         if prefill is None and settings.prefill_expected:
             self._metrics.degraded_prefills.inc()
         return Pair(prefill, decode)
 
-    def _pick(self, role: Role, cached: dict[str, int], avoid: set[str]) -> Worker | None:
-        workers = {worker.incarnation: worker for worker in self._membership.workers(role)}
+    def _pick(self, role: Role, generation: Generation, cached: dict[str, int]) -> Worker | None:
+        members = self._membership.workers(role, generation.identity)
+        workers = {worker.incarnation: worker for worker in members}
         chosen = choose(
             [
-                worker.candidate(cached.get(incarnation, 0), incarnation in avoid)
+                worker.candidate(cached.get(incarnation, 0), incarnation in generation.avoid)
                 for incarnation, worker in workers.items()
             ]
         )
         return workers[chosen.incarnation] if chosen else None
 
-    def _cached(self, token_ids: tuple[int, ...], salt: bytes) -> dict[str, int]:
-        """incarnation → leading tokens of it that are in its cache."""
-        about = (worker.description for worker in self._membership.workers())
+    def _cached(self, generation: Generation, choices: tuple[int, ...]) -> dict[str, int]:
+        """incarnation → leading tokens of what the next leg needs that are in its cache."""
+        token_ids, salt = generation.token_ids(choices), generation.work.cache_salt
+        about = (worker.description for worker in self._membership.workers(identity=generation.identity))
         cached: dict[str, int] = {}
         for size, fingerprint in {(each.block_size, each.fingerprint) for each in about}:
             held = self._membership.index.match(block_hashes(token_ids, size, chain_root(salt, fingerprint)))
@@ -246,8 +246,12 @@ class Attempt:
         generation = self._generation
         if update.stats is not None and not generation.cached_tokens:
             generation.cached_tokens = update.stats.cached_tokens
-        await generation.take(self._leg.choices, update.tokens)
-        if self._ended and self._limit.when() is None:
+        if update.tokens:
+            generation.identity = self._pair.decode.identity
+        generation.take(self._leg.choices, update.tokens)
+        if not self._ended:
+            await generation.room()
+        elif self._limit.when() is None:
             linger = 0.0 if generation.cut(self._leg.choices) else LINGER
             self._limit.reschedule(asyncio.get_running_loop().time() + linger)
 

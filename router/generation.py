@@ -1,7 +1,8 @@
 """What a request's client already has, and so where the next attempt goes on.
 
 Rule H7: token indices of a choice are contiguous from 0, whichever worker sends them; a gap or a repeat ends the
-attempt. A choice ends once; what workers send afterwards is dropped.
+attempt. A choice ends once; what workers send afterwards is dropped. All tokens of a request are one model's: what
+began on workers of one identity never goes on elsewhere.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Protocol
 
 from tandem.common.errors import WorkerFailed
 from tandem.common.request import Leg, Token
+from tandem.router.membership import Identity
 from tandem.router.work import Work
 
 
@@ -32,6 +34,7 @@ class Generation:
     def __init__(self, work: Work, sink: Sink) -> None:
         self.work = work
         self.outputs: list[list[int]] = [[] for _ in range(work.choices)]  # token ids, by choice
+        self.identity: Identity | None = None  # of the workers that sent the tokens so far; None: nobody did
         self.avoid: set[str] = set()  # incarnations that failed an attempt
         self.transfer_failed = False  # some attempt's hand-off did
         self.cached_tokens = 0  # of the prompt, at the first attempt that told
@@ -46,13 +49,15 @@ class Generation:
         """Whether one of `choices` met a stop string, which its worker does not know."""
         return any(choice in self._cut for choice in choices)
 
-    async def take(self, choices: tuple[int, ...], tokens: Iterable[Token]) -> None:
+    def take(self, choices: tuple[int, ...], tokens: Iterable[Token]) -> None:
         """Tokens of a leg that generates `choices`. Raises WorkerFailed when they break H7."""
         for token in tokens:
             if token.choice not in choices:
                 raise WorkerFailed(f"worker sent a token of choice {token.choice}, which its leg does not have")
             if not self._late(token.choice):
                 self._take(token)
+
+    async def room(self) -> None:
         await self._sink.room()
 
     def _late(self, choice: int) -> bool:

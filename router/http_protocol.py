@@ -1,29 +1,37 @@
-"""uvicorn's HTTP parser with what it lacks: a deadline and a size for the head of a request.
+"""uvicorn's HTTP parser with what it lacks: bounds for the head of a request, a deadline for who takes no answer.
 
     connected ──► head arrives ──► headers complete: the application's turn ──► response ──► kept alive ──► head …
-                  ▲ HEAD_TIMEOUT, MAX_HEAD_BYTES                                              ▲ uvicorn's timeout
+                  ▲ HEAD_TIMEOUT, MAX_HEAD_BYTES                               ▲ send_timeout ▲ uvicorn's timeout
 
-Without them a client that sends a byte a minute, or headers without end, holds a connection or memory for ever.
+Without them a client that sends a byte a minute, or headers without end, or that reads nothing, holds a connection
+or memory for ever.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+log = logging.getLogger("tandem.router")
 
 HEAD_TIMEOUT = 10.0  # seconds
 MAX_HEAD_BYTES = 16 << 10
 
 
-class BoundedHeadProtocol(HttpToolsProtocol):
-    """Invariant: `_deadline` runs exactly while the head of a request is due."""
+class BoundedProtocol(HttpToolsProtocol):
+    """Invariant: `_deadline` runs exactly while the head of a request is due, `_send_deadline` exactly while bytes
+    wait that the client's side of the connection does not take."""
 
+    send_timeout = 30.0  # seconds
     _deadline: asyncio.TimerHandle | None = None
+    _send_deadline: asyncio.TimerHandle | None = None
     _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that pause_writing tells of every byte that waits
         self._expect_head()
 
     def on_message_begin(self) -> None:
@@ -41,9 +49,35 @@ class BoundedHeadProtocol(HttpToolsProtocol):
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response("The request's headers are too large.")
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_progress()
+
+    def resume_writing(self) -> None:
+        self._stop_sending()
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
+        self._stop_sending()
         super().connection_lost(exc)
+
+    def _expect_progress(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        self._send_deadline = self.loop.call_later(self.send_timeout, self._check_progress, unsent)
+
+    def _check_progress(self, unsent: int) -> None:
+        """Nothing is written while writing is paused, so what waits can only become less."""
+        if self.transport.get_write_buffer_size() < unsent:
+            self._expect_progress()
+        else:
+            log.warning("a client took no byte for %g s; its connection was cut", self.send_timeout)
+            self.transport.abort()  # close() would wait for the client
+
+    def _stop_sending(self) -> None:
+        if self._send_deadline is not None:
+            self._send_deadline.cancel()
+            self._send_deadline = None
 
     def _expect_head(self) -> None:
         self._stop()
@@ -60,3 +94,8 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def bounded_protocol(send_timeout: float) -> type[BoundedProtocol]:
+    """A class for uvicorn, which makes one instance of it per connection. `send_timeout`: seconds."""
+    return type("BoundedProtocol", (BoundedProtocol,), {"send_timeout": send_timeout})

@@ -4,7 +4,8 @@
 
 A worker is a member exactly while its Watch stream lives. Redis down changes nothing but that no new worker is
 found. Only the largest group of workers whose KV fits each other's takes part, so that any P can pair with any D;
-their block sizes may differ.
+their block sizes may differ. Another group that becomes the largest, as while a model is replaced, gets the new
+requests; those that have output of the former go on there (`identity`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ LIST_INTERVAL = 0.5  # seconds
 MIN_BACKOFF = 0.1  # seconds between attempts to watch a worker
 MAX_BACKOFF = 2.0
 CLOSE_GRACE = 60.0  # seconds for legs that outlive their Watch stream
+
+Identity = tuple[bytes, str]  # pairing and model: workers of one identity can take each other's place
 
 
 class Discovery(Protocol):
@@ -60,6 +63,10 @@ class Worker:
     def name(self) -> str:
         return self.description.name
 
+    @property
+    def identity(self) -> Identity:
+        return self.description.pairing, self.description.model
+
     def candidate(self, cached_tokens: int, avoid: bool) -> Candidate:
         return Candidate(
             incarnation=self.incarnation,
@@ -85,15 +92,17 @@ class Worker:
 class Membership:
     """Live workers by incarnation, and their cached blocks in `index`. Belongs to one event loop."""
 
-    def __init__(self, registry: Discovery, cluster_key: bytes) -> None:
+    def __init__(self, registry: Discovery, cluster_key: bytes, max_model_len: int | None = None) -> None:
+        """`max_model_len`: tokens; what the operator allows of the workers' context length."""
         self.index = PrefixIndex()
-        self.registry_up = False
+        self.registry_up: bool | None = None  # None: not asked yet
         self.prefill_seen = False  # a prefill worker was a member once: from then on doing without is somebody's wish
         self.listed: dict[str, Registration] = {}
         self._registry = registry
         self._cluster_key = cluster_key
+        self._max_model_len = max_model_len
         self._workers: dict[str, Worker] = {}
-        self._identity: tuple[bytes, str] | None = None  # pairing and model of those that take part
+        self._elected: Identity | None = None  # of those that take part
         self._followed: set[str] = set()  # incarnations
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -110,26 +119,28 @@ class Membership:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._registry.close()
 
-    def workers(self, role: Role | None = None) -> list[Worker]:
-        """The members that take part, of one role or all."""
+    def workers(self, role: Role | None = None, identity: Identity | None = None) -> list[Worker]:
+        """The members of one role or all that take part, or those of `identity`, whether it takes part or not."""
+        wanted = identity or self._elected
         return [
             worker
             for worker in self._workers.values()
-            if role in (None, worker.description.role) and _identity(worker) == self._identity
+            if role in (None, worker.description.role) and worker.identity == wanted
         ]
 
     def all_workers(self) -> list[Worker]:
         """Also those that take no part because their KV does not fit."""
         return list(self._workers.values())
 
-    def can_serve(self) -> bool:
-        """A decode worker takes new legs."""
-        return any(worker.state == "ready" for worker in self.workers("decode"))
+    def can_serve(self, identity: Identity | None = None) -> bool:
+        """A decode worker, of `identity` if given, takes new legs."""
+        return any(worker.state == "ready" for worker in self.workers("decode", identity))
 
     @property
     def max_model_len(self) -> int | None:
-        """Tokens; the smallest of all workers that take part."""
-        return min((worker.description.max_model_len for worker in self.workers()), default=None)
+        """Tokens; the smallest of all workers that take part and of what is allowed. None while nobody says it."""
+        limits = [worker.description.max_model_len for worker in self.workers()]
+        return min(limits if self._max_model_len is None else [*limits, self._max_model_len], default=None)
 
     async def wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
         """Whether `condition` came true within `timeout` seconds; looked at whenever a worker changes."""
@@ -155,8 +166,8 @@ class Membership:
     async def _list(self) -> None:
         try:
             listed = await self._registry.list()
-        except TandemError as exc:
-            if self.registry_up:
+        except Exception as exc:  # whatever it is, a router that no longer lists is blind to new workers
+            if self.registry_up is not False:
                 log.warning("registry lost, going on with the %d known workers: %s", len(self._workers), exc)
             self.registry_up = False
             return
@@ -237,22 +248,18 @@ class Membership:
 
     def _update(self) -> None:
         """Elect the pairing that takes part (the most workers; the present one on a tie), wake who waits."""
-        votes = Counter(_identity(worker) for worker in self._workers.values())
-        elected = max(votes, key=lambda identity: (votes[identity], identity == self._identity), default=None)
-        if elected != self._identity or len(votes) > 1:
+        votes = Counter(worker.identity for worker in self._workers.values())
+        elected = max(votes, key=lambda identity: (votes[identity], identity == self._elected), default=None)
+        if elected != self._elected or len(votes) > 1:
             for worker in self._workers.values():
-                if _identity(worker) != elected:
+                if worker.identity != elected:
                     log.warning(
                         "%s (%s) takes no part: its model, dtype or KV heads are not those of the majority; start "
                         "all workers from the same model and flags", worker.name, worker.incarnation,
                     )  # fmt: skip
-        self._identity = elected
+        self._elected = elected
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def _identity(worker: Worker) -> tuple[bytes, str]:
-    return worker.description.pairing, worker.description.model
 
 
 def _report(task: asyncio.Task[None]) -> None:

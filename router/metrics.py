@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import operator
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -14,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from tandem.common.errors import TandemError
 from tandem.common.metrics import create_registry, exposition
+from tandem.common.worker_info import Load
 from tandem.router.admission import Admission
 from tandem.router.formats import Usage
 from tandem.router.membership import Membership
@@ -144,27 +147,31 @@ class _WorkerCollector(Collector):
         self._membership = membership
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        workers = self._membership.all_workers()
-        gauges = {
-            "running": [worker.load.running for worker in workers],
-            "waiting": [worker.load.waiting for worker in workers],
-            "kv_usage_ratio": [worker.load.kv_usage for worker in workers],
-        }
-        for name, values in gauges.items():
+        loads = self._loads()
+        gauges = {"running": "running", "waiting": "waiting", "kv_usage_ratio": "kv_usage"}
+        for name, attribute in gauges.items():
             family = GaugeMetricFamily(f"tandem_worker_{name}", "As last told to the router", labels=["worker", "role"])
-            for worker, value in zip(workers, values, strict=True):
-                family.add_metric([worker.name, worker.description.role], value)
+            for labels, load in loads.items():
+                family.add_metric(labels, getattr(load, attribute))
             yield family
-        yield self._blocks()
+        yield _blocks(loads)
         up = GaugeMetricFamily("tandem_router_registry_up", "1 while Redis answers")
-        up.add_metric([], float(self._membership.registry_up))
+        up.add_metric([], float(bool(self._membership.registry_up)))
         yield up
 
-    def _blocks(self) -> GaugeMetricFamily:
-        """The invariant to watch: the states of a worker sum up to its pool; at rest all are free or cached."""
-        family = GaugeMetricFamily("tandem_worker_blocks", "KV blocks by state", labels=["worker", "role", "state"])
+    def _loads(self) -> dict[tuple[str, str], Load]:
+        """By name and role. Two incarnations of a name, as while one replaces the other, are one series: their sum."""
+        loads: dict[tuple[str, str], Load] = {}
         for worker in self._membership.all_workers():
-            for state in BLOCK_STATES:
-                labels = [worker.name, worker.description.role, state]
-                family.add_metric(labels, getattr(worker.load, f"blocks_{state}"))
-        return family
+            labels = (worker.name, worker.description.role)
+            loads[labels] = Load(*map(operator.add, astuple(loads.get(labels, Load())), astuple(worker.load)))
+        return loads
+
+
+def _blocks(loads: Mapping[tuple[str, str], Load]) -> GaugeMetricFamily:
+    """The invariant to watch: the states of a worker sum up to its pool; at rest all are free or cached."""
+    family = GaugeMetricFamily("tandem_worker_blocks", "KV blocks by state", labels=["worker", "role", "state"])
+    for labels, load in loads.items():
+        for state in BLOCK_STATES:
+            family.add_metric([*labels, state], getattr(load, f"blocks_{state}"))
+    return family

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 from collections.abc import Sequence
@@ -12,9 +14,11 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tandem.common.errors import InvalidApiKey
+from tandem.common.errors import InternalError, InvalidApiKey, Overloaded, TandemError
 from tandem.router.metrics import RouterMetrics
 from tandem.router.responses import error_response
+
+log = logging.getLogger("tandem.router")
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics"})  # everything else needs the key, also what is new
 
@@ -67,6 +71,40 @@ class HttpMetrics:
             route: Any = scope.get("route")
             handler = getattr(route, "path", "other")  # never the raw path: a label's values must be few
             self._metrics.http_requests.labels(handler, _method(scope), status).inc()
+
+
+class LastWord:
+    """The innermost: a handler that ends without an answer, by a bug or because the server stops, gets one here, in
+    our form, and the layers outside see it as any other."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        error: TandemError
+        try:
+            await self._app(scope, receive, noted)
+            return
+        except asyncio.CancelledError:  # the server stops and its grace is over; it takes answers until we return
+            if started:
+                raise
+            error = Overloaded("the server is shutting down; ask again", retry_after=1.0)
+        except Exception as exc:
+            if started:
+                raise
+            log.exception("a request ended by a bug: %s", exc)
+            error = InternalError("the server failed while answering; it has been logged")
+        await error_response(error)(scope, receive, send)
 
 
 class ApiKey:

@@ -78,6 +78,7 @@ def parse_completion(data: bytes) -> CompletionBody:
         if body.echo:
             raise InvalidRequest("echo together with logprobs is not supported by this server", param="echo")
     _check(body)
+    _check_sequences(body)
     return body
 
 
@@ -85,17 +86,23 @@ def to_request(
     body: ChatBody | CompletionBody, prompts: Sequence[Sequence[int]], limits: ModelLimits, arrival: float
 ) -> ParsedRequest:
     """Raises InvalidRequest, ContextLengthExceeded. `arrival` is monotonic seconds."""
-    choices = 1 if body.n is None else body.n
-    if len(prompts) * choices > MAX_SEQUENCES:
-        raise InvalidRequest(f"{len(prompts)} prompts with n = {choices} are over {MAX_SEQUENCES} choices", param="n")
-    salt = (body.cache_salt or "").encode()
-    works: list[Work] = []
     for prompt in prompts:
         _check_prompt(prompt, limits)
-        sampling = _sampling(body, _max_tokens(body, len(prompt), limits), limits)
-        works.append(Work(secrets.token_hex(16), tuple(prompt), sampling, choices, salt, arrival + limits.timeout))
+    lengths = [_max_tokens(body, len(prompt), limits) for prompt in prompts]
+    common = _sampling(body, min(lengths), limits)  # once: it may hold a thousand biases, and there a thousand prompts
+    works = tuple(
+        Work(
+            id=secrets.token_hex(16),
+            prompt_ids=tuple(prompt),
+            sampling=replace(common, max_tokens=length, seed=_seed(body)),
+            choices=body.n or 1,
+            cache_salt=(body.cache_salt or "").encode(),
+            deadline=arrival + limits.timeout,
+        )
+        for prompt, length in zip(prompts, lengths, strict=True)
+    )
     prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
-    return ParsedRequest(f"{prefix}-{secrets.token_hex(16)}", body.model, tuple(works), _output(body), arrival)
+    return ParsedRequest(f"{prefix}-{secrets.token_hex(16)}", body.model, works, _output(body), arrival)
 
 
 def stop_strings(body: GenerationBody) -> tuple[str, ...]:
@@ -118,6 +125,13 @@ def _check(body: ChatBody | CompletionBody) -> None:
         raise InvalidRequest(f"cache_salt is over {MAX_CACHE_SALT} bytes", param="cache_salt")
     _check_stops(body)
     _check_logit_bias(body.logit_bias or {})
+
+
+def _check_sequences(body: CompletionBody) -> None:
+    several = isinstance(body.prompt, list) and not any(isinstance(item, int) for item in body.prompt[:1])
+    prompts, choices = len(body.prompt) if several else 1, body.n or 1
+    if prompts * choices > MAX_SEQUENCES:
+        raise InvalidRequest(f"{prompts} prompts with n = {choices} are over {MAX_SEQUENCES} choices", param="n")
 
 
 def _limit_name(name: str) -> str:
@@ -172,7 +186,12 @@ def _max_tokens(body: ChatBody | CompletionBody, prompt_len: int, limits: ModelL
     return asked or (room if chat else min(room, DEFAULT_COMPLETION_TOKENS))
 
 
+def _seed(body: GenerationBody) -> int:
+    return secrets.randbits(64) if body.seed is None else body.seed % (1 << 64)
+
+
 def _sampling(body: ChatBody | CompletionBody, max_tokens: int, limits: ModelLimits) -> SamplingParams:
+    """What the prompts of a request have in common: all but the seed."""
     numbers = dict(limits.defaults) | {name: value for name in NUMBERS if (value := getattr(body, name)) is not None}
     numbers["top_k"] = max(int(numbers.get("top_k", 0)), 0)
     bias = tuple(sorted((int(key), value) for key, value in (body.logit_bias or {}).items()))
@@ -182,7 +201,6 @@ def _sampling(body: ChatBody | CompletionBody, max_tokens: int, limits: ModelLim
     sampling = SamplingParams(
         max_tokens=max_tokens,
         logit_bias=bias,
-        seed=secrets.randbits(64) if body.seed is None else body.seed % (1 << 64),
         min_tokens=body.min_tokens or 0,
         stop_token_ids=tuple(dict.fromkeys((*ends, *(body.stop_token_ids or ())))),
         logprobs=_top_logprobs(body),

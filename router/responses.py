@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -16,7 +17,6 @@ from starlette.types import Receive, Scope, Send
 from tandem.common.errors import Cancelled, InternalError, InvalidRequest, Overloaded, TandemError
 from tandem.router.completions import DONE, event
 from tandem.router.outbox import Outbox
-from tandem.router.settings import RouterSettings
 
 log = logging.getLogger("tandem.router")
 
@@ -97,11 +97,16 @@ async def client_gone(receive: Receive) -> None:
         pass
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves first: then raises Cancelled."""
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+    """The result of `work`, which is cancelled when the client leaves first, or behind `timeout` seconds.
+
+    Raises Cancelled, TimeoutError.
+    """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(client_gone(receive))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait((task, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise TimeoutError
         if task.cancelled():  # nobody here did: the server answers all the same
             raise InternalError("the answer was cancelled inside the server; try again")
         if task.done():
@@ -118,10 +123,11 @@ class EventStream(Response):
     status; an error behind it is an event. Leaving, for whatever reason, cancels `produce` before it returns.
     """
 
-    def __init__(self, produce: Produce, settings: RouterSettings) -> None:
+    def __init__(self, produce: Produce, keep_alive: float) -> None:
+        """`keep_alive`: seconds of silence that a comment ends."""
         super().__init__()
         self._produce = produce
-        self._settings = settings
+        self._keep_alive = keep_alive
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,14 +135,13 @@ class EventStream(Response):
         producer = asyncio.create_task(self._guard(outbox))
         gone = asyncio.create_task(client_gone(receive))
         gone.add_done_callback(lambda _: outbox.close(Cancelled("the client left before its answer was complete")))
-        send = self._bounded(send, gone)
         try:
             await self._write(outbox, scope, receive, send)
-        except TimeoutError:
-            log.warning("a client took no byte for %g s; its stream was cut", self._settings.send_timeout)
         except asyncio.CancelledError:  # the server stops and its grace is over
             if self._started:
-                await self._finish(Overloaded("the server is shutting down; ask again"), send)
+                with suppress(TimeoutError):  # a client that reads slowly does not hold the server
+                    async with asyncio.timeout(0):
+                        await self._finish(Overloaded("the server is shutting down; ask again"), send)
             raise
         finally:
             await _end(producer, gone)
@@ -151,7 +156,7 @@ class EventStream(Response):
             outbox.close(InternalError("the server failed while answering; it has been logged"))
 
     async def _write(self, outbox: Outbox, scope: Scope, receive: Receive, send: Send) -> None:
-        data = await outbox.take(self._settings.keep_alive)
+        data = await outbox.take(self._keep_alive)
         if data is None and outbox.error is not None:
             await error_response(outbox.error)(scope, receive, send)
             return
@@ -159,23 +164,12 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": list(STREAM_HEADERS)})
         while data is not None:
             await send({"type": "http.response.body", "body": data or KEEP_ALIVE, "more_body": True})
-            data = await outbox.take(self._settings.keep_alive)
+            data = await outbox.take(self._keep_alive)
         await self._finish(outbox.error, send)
 
     async def _finish(self, error: TandemError | None, send: Send) -> None:
         last = event(error_body(error)) + DONE if error else b""
         await send({"type": "http.response.body", "body": last, "more_body": False})
-
-    def _bounded(self, send: Send, gone: asyncio.Future[None]) -> Callable[[Any], Awaitable[None]]:
-        """`send` that drops what a client that left would get, and raises TimeoutError after `send_timeout`."""
-
-        async def bounded(message: Any) -> None:
-            if gone.done():
-                return
-            async with asyncio.timeout(self._settings.send_timeout):
-                await send(message)
-
-        return bounded
 
 
 async def _end(*tasks: asyncio.Future[Any]) -> None:

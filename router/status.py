@@ -16,15 +16,9 @@ def cluster_status(settings: RouterSettings, membership: Membership) -> dict[str
         "model": settings.served_model_names[0],
         "cluster": settings.cluster,
         "registry": "up" if membership.registry_up else "down",
-        "max_model_len": context_length(settings, membership),
+        "max_model_len": membership.max_model_len,
         "workers": [_worker(worker, worker.incarnation in taking_part) for worker in workers],
     }
-
-
-def context_length(settings: RouterSettings, membership: Membership) -> int | None:
-    """Tokens; None while neither a worker nor a flag says it."""
-    limits = [limit for limit in (membership.max_model_len, settings.max_model_len) if limit is not None]
-    return min(limits, default=None)
 
 
 def not_ready_reason(settings: RouterSettings, membership: Membership) -> str | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from tandem.common.detokenizer import REPLACEMENT, IncrementalDetokenizer, StopChecker
+from tandem.common.detokenizer import (
+    _ALPHABET,  # pyright: ignore[reportPrivateUsage]
+    _BYTE_TOKEN,  # pyright: ignore[reportPrivateUsage]
+    REPLACEMENT,
+    IncrementalDetokenizer,
+    StopChecker,
+)
 from tandem.common.request import Token
 from tandem.common.tokenizer import Tokenizer
 from tandem.router.work import OutputOptions
 
 MIN_LOGPROB = -9999.0  # JSON has no -Infinity
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +106,6 @@ def _token_bytes(tokenizer: Tokenizer, token_id: int, text: str) -> bytes:
     spelled = tokenizer.token(token_id) or ""
     if byte := _BYTE_TOKEN.fullmatch(spelled):
         return bytes.fromhex(byte[1])
-    if all(character in _BYTES for character in spelled):
-        return bytes(_BYTES[character] for character in spelled)
+    if all(character in _ALPHABET for character in spelled):
+        return bytes(_ALPHABET[character] for character in spelled)
     return text.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 is itself, the others follow from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = sorted(set(range(256)) - set(plain))
-    return {chr(byte): byte for byte in plain} | {chr(0x100 + index): byte for index, byte in enumerate(rest)}
-
-
-_BYTES = _byte_alphabet()

@@ -29,11 +29,12 @@ from tandem.engine.engine import Engine
 from tandem.engine.isolation import Bulkhead
 from tandem.engine.sequence import Sequence
 from tests.fakes import Client, FakeEngine, expected_output, make_leg
+from tests.faults.scale import SCALE
 
 BLOCK = 4
 COUNT = 20  # requests in a batch
 BAD = "r7"
-SEEDS = 25
+SEEDS = 25 * SCALE
 TIGHT = 14  # blocks: what the longest of eight requests needs, and little more
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 199, "hidden_size": 64, "head_dim": 32,

@@ -148,6 +148,12 @@ class Pair:
         self.d.worker.step()
         self.check()
 
+    def turn_prefill(self) -> None:
+        """A turn of P alone: D stands still."""
+        self.p.worker.inbox.run_pending(0.002)
+        self.p.worker.step()
+        self.check()
+
     def until(
         self, condition: Callable[[], bool], seconds: float | None = None, turn: Callable[[], None] | None = None
     ) -> None:

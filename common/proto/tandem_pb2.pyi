@@ -189,18 +189,6 @@ class WatchRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class DrainRequest(_message.Message):
-    __slots__ = ("timeout",)
-    TIMEOUT_FIELD_NUMBER: _ClassVar[int]
-    timeout: float
-    def __init__(self, timeout: _Optional[float] = ...) -> None: ...
-
-class DrainReply(_message.Message):
-    __slots__ = ("drained",)
-    DRAINED_FIELD_NUMBER: _ClassVar[int]
-    drained: bool
-    def __init__(self, drained: _Optional[bool] = ...) -> None: ...
-
 class Envelope(_message.Message):
     __slots__ = ("message",)
     MESSAGE_FIELD_NUMBER: _ClassVar[int]

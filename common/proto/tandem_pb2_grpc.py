@@ -39,11 +39,6 @@ class WorkerStub:
                 request_serializer=tandem_dot_common_dot_proto_dot_tandem__pb2.WatchRequest.SerializeToString,
                 response_deserializer=tandem_dot_common_dot_proto_dot_tandem__pb2.WorkerEvent.FromString,
                 _registered_method=True)
-        self.Drain = channel.unary_unary(
-                '/tandem.v1.Worker/Drain',
-                request_serializer=tandem_dot_common_dot_proto_dot_tandem__pb2.DrainRequest.SerializeToString,
-                response_deserializer=tandem_dot_common_dot_proto_dot_tandem__pb2.DrainReply.FromString,
-                _registered_method=True)
 
 
 class WorkerServicer:
@@ -55,13 +50,6 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Drain(self, request, context):
-        """Takes no new leg from now on; answers when the last one ended.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -69,11 +57,6 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=tandem_dot_common_dot_proto_dot_tandem__pb2.WatchRequest.FromString,
                     response_serializer=tandem_dot_common_dot_proto_dot_tandem__pb2.WorkerEvent.SerializeToString,
-            ),
-            'Drain': grpc.unary_unary_rpc_method_handler(
-                    servicer.Drain,
-                    request_deserializer=tandem_dot_common_dot_proto_dot_tandem__pb2.DrainRequest.FromString,
-                    response_serializer=tandem_dot_common_dot_proto_dot_tandem__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -103,33 +86,6 @@ class Worker:
             '/tandem.v1.Worker/Watch',
             tandem_dot_common_dot_proto_dot_tandem__pb2.WatchRequest.SerializeToString,
             tandem_dot_common_dot_proto_dot_tandem__pb2.WorkerEvent.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Drain(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/tandem.v1.Worker/Drain',
-            tandem_dot_common_dot_proto_dot_tandem__pb2.DrainRequest.SerializeToString,
-            tandem_dot_common_dot_proto_dot_tandem__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

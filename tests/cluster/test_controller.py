@@ -187,6 +187,22 @@ def test_a_crash_loop_backs_off_and_a_stable_worker_is_forgiven() -> None:
     assert bench.controller.view().workers[0].failures == 1
 
 
+def test_a_crash_loop_costs_the_others_nothing() -> None:
+    """E27: whoever is ready stays so and is told nothing, in its role and the other; that is all readiness asks for."""
+    bench = Bench(prefill=1, decode=2)
+    bench.all_ready()
+    others = [bench.launcher.newest(name) for name in ("prefill-0", "decode-0")]
+    for _ in range(50):
+        bench.fail("decode-1", "killed while it loads")
+        while bench.phases["decode-1"] != "loading":
+            bench.step()
+            assert (bench.phases["prefill-0"], bench.phases["decode-0"]) == ("ready", "ready")
+    assert bench.launcher.count("decode-1") == 51
+    assert not any(worker.calls for worker in others)
+    assert not any(worker.failures for worker in bench.controller.view().workers if worker.name != "decode-1")
+    assert not bench.controller.view().fault
+
+
 def test_a_worker_that_never_loads_is_given_up_and_tried_again() -> None:
     bench = Bench(prefill=0, decode=1)
     bench.step()
@@ -262,13 +278,54 @@ def test_a_drained_worker_is_replaced_at_once_and_was_no_failure() -> None:
 
 
 def test_only_a_ready_worker_can_be_drained() -> None:
-    bench = Bench(prefill=0, decode=1)
+    bench = Bench(prefill=0, decode=2)
     bench.step()
     assert not bench.controller.drain("decode-0", 7.0, bench.now)
     bench.all_ready()
     assert not bench.controller.drain("decode-7", 7.0, bench.now)
     assert bench.controller.drain("decode-0", 7.0, bench.now)
     assert not bench.controller.drain("decode-0", 7.0, bench.now), "it is leaving already"
+
+
+@pytest.mark.parametrize("drained", [("decode-0",), ("prefill-0",), ("decode-0", "prefill-0")])
+def test_the_last_ready_worker_of_a_pool_leaves_behind_its_successor(drained: tuple[str, ...]) -> None:
+    bench = Bench(prefill=1, decode=1)
+    bench.all_ready()
+    old = list(bench.launcher.launched)
+    for name in drained:
+        assert bench.controller.drain(name, 7.0, bench.now)
+    for _ in range(20):
+        bench.step()
+        ready = {worker.role for worker in bench.controller.view().workers if worker.phase == "ready"}
+        assert ready == {"prefill", "decode"}, "a pool has nobody to serve"
+        for worker in bench.launcher.launched:
+            if worker.report == Report("loading"):
+                worker.report = Report("ready")
+            elif "drain 7" in worker.calls:
+                worker.report = Report("stopped")
+    assert bench.controller.view().settled
+    assert [worker.calls for worker in old if worker.name in drained] == [["drain 7", "kill"]] * len(drained)
+
+
+def test_two_drains_at_once_leave_somebody_to_serve() -> None:
+    bench = Bench(prefill=0, decode=2)
+    bench.all_ready()
+    assert bench.controller.drain("decode-0", 7.0, bench.now) and bench.controller.drain("decode-1", 7.0, bench.now)
+    bench.step()
+    assert bench.phases == {"decode-0": "draining", "decode-1": "ready", "decode-2": "loading"}
+    bench.launcher.newest("decode-0").report = Report("stopped")
+    bench.launcher.newest("decode-2").report = Report("ready")
+    bench.step()
+    bench.step()
+    assert bench.phases == {"decode-1": "draining", "decode-2": "ready", "decode-0": "loading"}
+
+
+def test_a_crash_loop_may_last_for_a_year() -> None:
+    bench = Bench(prefill=0, decode=1)
+    bench.launcher.refusal = "no room"
+    for _ in range(1100):  # 2.0 ** 1024 is no float
+        bench.step(MAX_BACKOFF + 1)
+    assert bench.controller.view().workers[0].failures > 1000
 
 
 def test_a_worker_whose_process_was_told_to_leave_is_replaced_before_it_is_gone() -> None:

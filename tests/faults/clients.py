@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import ssl
+import statistics
 import threading
 import time
 from collections import Counter
@@ -23,6 +25,7 @@ VOCAB = 512
 HUNG = 45.0  # seconds after which a request counts as hung; the router's --request-timeout is below
 LEAVE = 0.5  # seconds after which, at the latest, a client that leaves has left
 MANY = httpx.Limits(max_connections=None)
+PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # no certificates: loading them takes each client 50 ms
 PATIENT = httpx.Timeout(2 * HUNG)  # the one deadline is `ask`'s
 
 Json = dict[str, Any]
@@ -44,13 +47,19 @@ class Answer:
     choices: dict[int, Choice] = field(default_factory=dict[int, Choice])
     problems: list[str] = field(default_factory=list[str])  # breaches of the stream's form
     detail: str = ""
+    retry_after: float | None = None  # seconds, of a refusal
     events: int = 0
+    gap: float = 0.0  # seconds, the longest between two events
+    seconds: float = 0.0  # from the request to its end
+    _last: float = 0.0  # when the last event came
 
     def take(self, event: Json) -> None:
         if "error" in event:
             self.end, self.detail = "error", json.dumps(event["error"])
             return
-        self.events += 1
+        now = time.monotonic()
+        self.gap = max(self.gap, now - self._last if self.events else 0.0)
+        self.events, self._last = self.events + 1, now
         for part in event["choices"]:
             choice = self.choices.setdefault(part["index"], Choice())
             if choice.finish_reasons:
@@ -106,6 +115,7 @@ async def ask(client: httpx.AsyncClient, request: int, body: Json, leave_after: 
 
 async def follow(client: httpx.AsyncClient, body: Json, answer: Answer, leave_after: float | None = None) -> None:
     """`ask`, with an answer that can be looked at while it grows."""
+    started = time.monotonic()
     try:
         async with asyncio.timeout(HUNG if leave_after is None else leave_after):
             await _stream(client, body, answer)
@@ -113,6 +123,8 @@ async def follow(client: httpx.AsyncClient, body: Json, answer: Answer, leave_af
         answer.end = "hung" if leave_after is None else "left"
     except httpx.TransportError as exc:
         answer.end, answer.detail = "lost", repr(exc)
+    finally:
+        answer.seconds = time.monotonic() - started
 
 
 async def _stream(client: httpx.AsyncClient, body: Json, answer: Answer) -> None:
@@ -120,6 +132,7 @@ async def _stream(client: httpx.AsyncClient, body: Json, answer: Answer) -> None
         if response.status_code != 200:
             await response.aread()
             answer.end, answer.detail = "error", f"{response.status_code}: {response.text}"
+            answer.retry_after = float(response.headers.get("retry-after", "nan"))
             return
         over = False
         async for line in response.aiter_lines():
@@ -139,7 +152,7 @@ def record(url: str, bodies: list[Json]) -> list[Answer]:
     """The answers to `bodies`, asked at once. Every one must be whole."""
 
     async def run() -> list[Answer]:
-        async with httpx.AsyncClient(base_url=url, timeout=PATIENT, limits=MANY) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENT, limits=MANY, verify=PLAIN) as client:
             return await asyncio.gather(*(ask(client, index, body) for index, body in enumerate(bodies)))
 
     answers = asyncio.run(run())
@@ -204,12 +217,17 @@ class Crowd(AbstractContextManager["Crowd"]):
     def ends(self) -> Counter[str]:
         return Counter(answer.end for answer in self.answers)
 
+    def median(self, first: int = 0) -> float:
+        """Seconds per token, from a request to its end, of the whole answers from the `first` one on."""
+        whole = [answer for answer in self.answers[first:] if answer.end == "done"]
+        return statistics.median(answer.seconds / len(answer.choices[0].token_ids) for answer in whole)
+
     async def _run(self) -> None:
         await asyncio.gather(*(self._client(number) for number in range(self._clients)))
 
     async def _client(self, number: int) -> None:
         rng = random.Random(f"{self._seed} {number}")
-        async with httpx.AsyncClient(base_url=self._url, timeout=PATIENT) as client:
+        async with httpx.AsyncClient(base_url=self._url, timeout=PATIENT, verify=PLAIN) as client:
             while not self._stop.is_set():
                 request = rng.randrange(len(self._bodies))
                 leave_after = rng.uniform(0.0, LEAVE) if number < self._leavers else None
@@ -221,11 +239,20 @@ class Crowd(AbstractContextManager["Crowd"]):
                     await self._resumed.wait()
 
     def check(self, expected: list[Answer], *, lost: bool = False) -> None:
-        """Of every answer; connections may be lost only if `lost`."""
+        """Of every answer; connections may be lost only if `lost`. Prints what became of them."""
+        print(f"{self} (seed {self._seed})")
         try:
             check(self.answers, expected, {"done", "left", "lost"} if lost else {"done", "left"})
         except AssertionError as exc:
-            raise AssertionError(f"{exc}\nseed {self._seed}; ends: {self.ends()}") from None
+            raise AssertionError(f"{exc}\nseed {self._seed}; {self}") from None
+
+    def __str__(self) -> str:
+        ends, gap = self.ends(), max((answer.gap for answer in self.answers), default=0.0)
+        failed = len(self.answers) - ends["done"] - ends["left"]
+        return (
+            f"{len(self.answers)} requests: {ends['done']} whole, {ends['left']} left by their client, {failed} failed "
+            f"({ends['error']} in error, {ends['lost']} lost, {ends['hung']} hung); longest gap {gap:.2f} s"
+        )
 
 
 def check(answers: list[Answer], expected: list[Answer], ends: Container[End] = ("done",)) -> None:

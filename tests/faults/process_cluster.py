@@ -31,6 +31,7 @@ from tandem.common.errors import TandemError
 from tandem.common.worker_config import KEY_VARIABLE
 from tandem.common.worker_info import Load, WorkerEvent
 from tandem.router.worker_client import WorkerClient
+from tests.faults.clients import PLAIN
 
 ROOT = Path(__file__).parents[2]
 POLL = 0.02  # seconds between looks at other processes
@@ -176,7 +177,9 @@ class ProcessCluster(AbstractContextManager["ProcessCluster"]):
     def status(self) -> dict[str, dict[str, Any]]:
         """name → what the router says of the worker; empty while there is no router."""
         try:
-            return {worker["name"]: worker for worker in httpx.get(self.url + "/status").json()["workers"]}
+            return {
+                worker["name"]: worker for worker in httpx.get(self.url + "/status", verify=PLAIN).json()["workers"]
+            }
         except httpx.TransportError:
             return {}
 

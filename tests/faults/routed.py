@@ -21,6 +21,7 @@ from tandem.common.proto import tandem_pb2 as pb
 from tandem.common.registry import Registry
 from tandem.common.request import Leg
 from tandem.common.worker_config import KEY_VARIABLE
+from tests.faults.clients import PLAIN
 from tests.router.fake_cluster import KEY, FakeWorker, Script
 
 ROOT = Path(__file__).parents[2]
@@ -40,14 +41,24 @@ class RoutedWorkers:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
-        command = [
+        self._files = files
+        self._command = [
             sys.executable, "-m", "tandem.router", "--port", str(self.port), "--redis-url", self._redis.url,
             "--model-dir", str(model_dir), "--served-model-name", "tiny", "--log-level", "error", *flags,
         ]  # fmt: skip
-        limit: Callable[[], None] | None = None
+        self.router = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        files, limit = self._files, None
         if files:
             limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # noqa: E731
-        self.router = subprocess.Popen(command, env=os.environ | {KEY_VARIABLE: KEY.hex()}, preexec_fn=limit)
+        return subprocess.Popen(self._command, env=os.environ | {KEY_VARIABLE: KEY.hex()}, preexec_fn=limit)
+
+    def restart(self) -> None:
+        """kill -9, and another router on the same port."""
+        self.router.kill()
+        self.router.wait()
+        self.router = self._start()
 
     async def _on_leg(self, worker: FakeWorker, leg: Leg, context: Any) -> AsyncIterator[pb.LegUpdate]:
         async with self._one_by_one:
@@ -61,7 +72,7 @@ class RoutedWorkers:
         for worker in (self.prefill, self.decode):
             await worker.start()
         self._heartbeat = asyncio.create_task(self._register(registry))
-        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=30.0)
+        self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", timeout=30.0, verify=PLAIN)
         await self.until(self.ready, 30.0)
         return self
 

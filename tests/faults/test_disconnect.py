@@ -6,14 +6,17 @@ back; and then the workers' own state says where each request is. The promise is
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import socket
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,8 +26,11 @@ from tandem.common.errors import WorkerFailed
 from tandem.decode_worker.reservation import Phase as Landing
 from tandem.engine.config import EngineConfig
 from tandem.prefill_worker.transfer import Phase as Sending
+from tandem.router.prompts import THREADS
+from tests.faults.clients import PLAIN
 from tests.faults.local import DEMO_MODEL, on_thread, pace, worker_of
 from tests.integration.local_cluster import LocalCluster
+from tests.router.fake_cluster import MODEL, FakeCluster, Script
 
 SEED = 20261121
 TIMES = 100  # disconnects in each state
@@ -62,7 +68,7 @@ class Rig:
         return client
 
     def metric(self, name: str) -> int:
-        lines = httpx.get(self.cluster.url + "/metrics").text.splitlines()
+        lines = httpx.get(self.cluster.url + "/metrics", verify=PLAIN).text.splitlines()
         return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name) and "_created" not in line)
 
     def transfers(self, *phases: Sending) -> int:
@@ -157,6 +163,35 @@ def at_rest(rig: Rig) -> Iterator[None]:
     rig.cluster.assert_at_rest()
     assert rig.metric("tandem_router_requests_in_flight") == 0
     assert rig.metric("tandem_router_queued_") == 0
+
+
+async def test_tokenizing(model_dir: Path) -> None:
+    """In the router, before there is a leg: both of its threads are held, and what waits for them is forgotten."""
+    times, release = list[float](), threading.Event()
+    async with FakeCluster(model_dir, Script([[60]])) as fake:
+        prompts: Any = fake.services.prompts
+        held = [asyncio.create_task(prompts._run(release.wait)) for _ in range(THREADS)]
+        port = int(fake.url.rsplit(":", 1)[1])
+        try:
+            for _ in range(TIMES // CLIENTS):
+                clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CLIENTS)]
+                for index, (_, writer) in enumerate(clients):
+                    body = json.dumps({"model": MODEL, "prompt": "hi", "stream": index % 2 == 0}).encode()
+                    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+                    writer.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+                await fake.until(lambda: prompts._waiting == THREADS + CLIENTS)
+                for _, writer in clients:
+                    writer.close()
+                start = time.monotonic()
+                await fake.until(lambda: prompts._waiting == THREADS)
+                times.append(time.monotonic() - start)
+        finally:
+            release.set()
+        await asyncio.gather(*held)
+        assert (await fake.complete()).status_code == 200, "the threads are free again"
+        assert [len(worker.legs) for worker in (*fake.prefill, *fake.decode)] == [1, 1]
+        assert (fake.services.admission.sequences, fake.metric("tandem_router_requests_in_flight")) == (0, 0)
+    report(times, TIMES)
 
 
 def test_queued_at_the_prefill_worker(rig: Rig) -> None:

@@ -17,11 +17,13 @@ import pytest
 from tandem.common.errors import WorkerFailed
 from tandem.common.worker_config import Role
 from tandem.engine.config import EngineConfig
-from tests.faults.clients import Answer, Crowd, Json, ask, make_bodies, record
+from tests.faults.clients import PLAIN, Answer, Crowd, Json, ask, make_bodies, record
 from tests.faults.local import DEMO_MODEL, on_thread, pace, worker_of
+from tests.faults.scale import SCALE
 from tests.integration.local_cluster import LocalCluster
 
 SEED = 40
+REQUESTS = 80 * SCALE  # at least, in a rolling restart
 ENGINE = EngineConfig(model=str(DEMO_MODEL), device="cpu", kv_cache_memory_bytes=32 << 20)
 
 
@@ -55,14 +57,16 @@ def replace(cluster: LocalCluster, role: Role, index: int, successor: int, timeo
 def test_a_rolling_restart_of_every_worker_fails_no_request(
     cluster: LocalCluster, bodies: list[Json], expected: list[Answer]
 ) -> None:
+    """E40. With TANDEM_FAULT_SCALE=10, 800 requests."""
     roles: tuple[Role, ...] = ("prefill", "decode")
     with Crowd(cluster.url, bodies, clients=8, leavers=0, seed=SEED) as crowd:
         for role in roles:
             for index in (0, 1):
-                crowd.wait_served(8)
+                crowd.wait_served(max(8, REQUESTS // 5))
                 assert replace(cluster, role, index, index + 2, 30.0)
-        crowd.wait_served(8)
+        crowd.wait_served(max(8, REQUESTS - crowd.whole))
     crowd.check(expected)
+    print(f"4 workers restarted one after the other: 0 failed of {len(crowd.answers)}")
     assert set(cluster.workers) == {"prefill-2", "prefill-3", "decode-2", "decode-3"}
 
 
@@ -121,7 +125,7 @@ def die() -> None:
 async def streaming(url: str) -> AsyncIterator[asyncio.Task[Answer]]:
     """A stream of which the first event has come."""
     body: Json = {"model": "m", "prompt": "Tandem is", "max_tokens": 48, "temperature": 0, "ignore_eos": True}
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60, verify=PLAIN) as client:
         task = asyncio.create_task(ask(client, 0, body | {"stream": True, "return_token_ids": True}))
         await asyncio.to_thread(until, lambda: total_running(url) > 0)
         yield task
@@ -135,7 +139,7 @@ def test_a_router_told_to_leave_finishes_its_streams_and_refuses_new_requests(cl
 
 
 async def leave_in_order(cluster: LocalCluster) -> None:
-    async with streaming(cluster.url) as stream, httpx.AsyncClient(base_url=cluster.url) as client:
+    async with streaming(cluster.url) as stream, httpx.AsyncClient(base_url=cluster.url, verify=PLAIN) as client:
         await client.get("/livez")  # an open connection, as a load balancer has
         cluster._router.send_signal(signal.SIGTERM)
         while (ready := await client.get("/readyz")).status_code == 200:
@@ -158,7 +162,7 @@ def test_a_second_sigterm_ends_the_router_at_once(cluster: LocalCluster) -> None
     router = cluster._router
 
     async def run() -> None:
-        async with streaming(cluster.url) as stream, httpx.AsyncClient(base_url=cluster.url) as client:
+        async with streaming(cluster.url) as stream, httpx.AsyncClient(base_url=cluster.url, verify=PLAIN) as client:
             router.send_signal(signal.SIGTERM)
             while (await client.get("/readyz")).status_code == 200:
                 pass
@@ -175,12 +179,12 @@ def test_a_second_sigterm_ends_the_router_at_once(cluster: LocalCluster) -> None
 
 async def ask_many(url: str, fields: dict[str, Any], count: int) -> list[Answer]:
     body: Json = {"model": "m", "stream": True, "return_token_ids": True, **fields}
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60, verify=PLAIN) as client:
         return await asyncio.gather(*(ask(client, index, body) for index in range(count)))
 
 
 def status(url: str) -> list[dict[str, Any]]:
-    return json.loads(httpx.get(url + "/status").text)["workers"]
+    return json.loads(httpx.get(url + "/status", verify=PLAIN).text)["workers"]
 
 
 def running(cluster: LocalCluster, name: str) -> int:

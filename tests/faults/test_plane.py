@@ -72,7 +72,7 @@ def test_no_call_of_any_kind_passes_without_the_key(cluster: LocalCluster) -> No
         for name, channel in channels_without_the_key(server.address, cluster.key).items():
             with channel:
                 calls = (
-                    lambda c: services.WorkerStub(c).Drain(pb.DrainRequest(), timeout=5),
+                    lambda c: services.PrefillWorkerStub(c).Quiet(pb.QuietRequest(), timeout=5),
                     lambda c: next(services.WorkerStub(c).Watch(pb.WatchRequest(), timeout=5)),
                     lambda c: next(services.HandoffStub(c).Channel(iter(()), timeout=5)),
                     lambda c: next(services.DecodeWorkerStub(c).Decode(pb.DecodeRequest(), timeout=5)),

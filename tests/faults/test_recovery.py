@@ -19,6 +19,7 @@ from tandem.common.proto import tandem_pb2 as pb
 from tandem.common.request import Leg, LegStats
 from tandem.common.tokenizer import Tokenizer
 from tandem.engine.config import EngineConfig
+from tests.faults.clients import PLAIN
 from tests.faults.local import DEMO_MODEL, cut, pace, worker_of
 from tests.integration.local_cluster import LocalCluster
 from tests.router.fake_cluster import FakeCluster, FakeWorker, Script, update
@@ -83,7 +84,7 @@ def take(choices: list[Choice], delta: dict[str, Any]) -> None:
 
 async def ask_all(cluster: LocalCluster, on_token: OnToken | None = None) -> dict[str, list[Choice]]:
     """Every case at once; `on_token` follows the greedy one."""
-    async with httpx.AsyncClient(base_url=cluster.url, timeout=60.0) as client:
+    async with httpx.AsyncClient(base_url=cluster.url, timeout=60.0, verify=PLAIN) as client:
         callbacks = {"greedy": on_token}
         answers = await asyncio.gather(*(ask(client, case, callbacks.get(name)) for name, case in CASES.items()))
     return dict(zip(CASES, answers, strict=True))
@@ -99,7 +100,7 @@ def assert_same(answers: dict[str, list[Choice]], expected: dict[str, list[Choic
 
 
 async def retries(cluster: LocalCluster) -> int:
-    async with httpx.AsyncClient(base_url=cluster.url) as client:
+    async with httpx.AsyncClient(base_url=cluster.url, verify=PLAIN) as client:
         lines = (await client.get("/metrics")).text.splitlines()
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith("tandem_router_retries_total"))
 
@@ -220,7 +221,7 @@ async def test_attempts_are_bounded(cluster: LocalCluster) -> None:
     with LocalCluster(cluster.engine, 1, 1, ("--migration-limit", "1")) as single:
         pace(single.workers["decode-0"], 0.005)
         fault = Fault(3, lambda: kill(single, "decode-0", "cut"))
-        async with httpx.AsyncClient(base_url=single.url, timeout=30.0) as client:
+        async with httpx.AsyncClient(base_url=single.url, timeout=30.0, verify=PLAIN) as client:
             with pytest.raises(AssertionError, match="worker_failed"):
                 await ask(client, CASES["greedy"], fault)
         assert await retries(single) == 0

@@ -1,7 +1,8 @@
-"""D's account of a transfer: rules H1, H2 and H4 (docs/protocol.md)."""
+"""D's account of a transfer: rules H1, H2 and H4 (docs/protocol.md); and what is cut on its way to it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -9,10 +10,29 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.cluster.fault_proxy import Fault, FaultProxy
 from tandem.common.errors import TransferFailed
-from tandem.common.handoff import Frame, Grant, Manifest
+from tandem.common.handoff import (
+    Abort,
+    Ack,
+    Frame,
+    FrameError,
+    Grant,
+    Heartbeat,
+    Manifest,
+    Message,
+    Refuse,
+    Released,
+    Rendezvous,
+    Reserve,
+    decode,
+    encode,
+)
 from tandem.common.kv_layout import KVLayout
+from tandem.kv_transfer import tcp
 from tandem.kv_transfer.landing import Landing
+from tests.kv_transfer.pairs import Pair, transfer, until
+from tests.kv_transfer.peer import UNTOUCHED, sha256_rows
 
 LAYOUT = KVLayout("test", "float32", 4, 3, 2, 8)
 ID, GENERATION = b"i" * 16, 6
@@ -188,3 +208,56 @@ def test_any_run_of_frames_writes_each_granted_block_at_most_once(frames):
     else:
         with pytest.raises(TransferFailed):
             landing.verify(manifest)
+
+
+# ---------------------------------------------------------------------------------------------- cut anywhere
+
+MESSAGES = (
+    Reserve(ID, b"t" * 200, TOKENS), Grant(ID, GENERATION, FIRST, BLOCKS, 4, tuple(LOCAL)), Refuse(ID, True, "full"),
+    make_frame(2, 5), make_manifest(), Ack(ID, GENERATION), Abort(ID, GENERATION, "late"), Released(ID, GENERATION),
+    Rendezvous("tcp/address", b"127.0.0.1 1"), Heartbeat((ID, b"j" * 16)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_e14_a_message_cut_anywhere_is_refused(message: Message):
+    """At every byte, so at every boundary of a field and beside it; and one byte too many."""
+    data = encode(message)
+    assert decode(data) == message
+    for length in range(len(data)):
+        with pytest.raises(FrameError):
+            decode(data[:length])
+    for surplus in (b"\x00", b"\xc0", data[:1], data):
+        with pytest.raises(FrameError):
+            decode(data + surplus)
+
+
+# Over a stream of tcp go P's hello, then for each frame a piece's header and its bytes; a small frame is one piece.
+BOUNDARIES = (0, 49, 49 + 24, 49 + 24 + 1024)
+
+
+@pytest.mark.parametrize("length", sorted({end + by for end in BOUNDARIES for by in (-1, 0, 1)} - {-1, 0}))
+def test_e14_of_a_stream_that_is_cut_only_whole_frames_land(make_pair, monkeypatch, length):
+    """Each stream ends behind so many bytes: at every boundary, and one byte beside it."""
+    take = tcp._Address.take.__func__
+    with contextlib.ExitStack() as proxies:
+
+        def taken(cls, mailbox, deadline):
+            found = take(cls, mailbox, deadline)
+            proxy = proxies.enter_context(FaultProxy(found.host, found.port))
+            proxy.set("up", Fault(truncate_at=length))
+            return dataclasses.replace(found, port=proxy.port)
+
+        monkeypatch.setattr(tcp._Address, "take", classmethod(taken))
+        pair: Pair = make_pair("tcp-threads").open()
+        pair.grants[1] = pair.decoder.grant(transfer(1), 1, 0, [1])
+        payload = pair.fill([1])
+        pair.send(1, payload)
+        until(lambda: pair.inbox.qsize() == 2 or not pair.lost.empty())
+        pair.get(Grant)
+        if length < BOUNDARIES[-1]:
+            assert pair.inbox.empty() and not pair.decoder.store.memory.ne(UNTOUCHED).any()
+        else:
+            assert pair.get(Manifest).hashes == sha256_rows(payload.tensor())
+        pair.push.close()
+        pair.land.close()

@@ -5,8 +5,8 @@ coming to rest counts on no delivery. A write of a one-sided connector may be la
 client leaves at any time, P and D crash once each and come back as new incarnations.
 
 What is left out, because the model allows more than it: Refuse(later) (a Reserve that takes long), heartbeats (a lease
-may end although they come, but only without them does anything count on it), the order of the channel, and a lost link
-(its messages are late and the timers fire). A prompt is one block and one frame. H1 and H11 are not modelled.
+may end although they come, but only without them does anything count on it), most of the order of the channel, and a
+lost link (its messages are late and the timers fire). A prompt is one block and one frame. H1 and H11 are not modelled.
 """
 
 from __future__ import annotations
@@ -45,16 +45,17 @@ class Handoff:
             at.MANIFEST: self.d_gets_manifest,
             at.ABORT_D: self.d_gets_abort,
             at.RELEASED: self.d_gets_released,
+            at.RELEASED_0: self.d_gets_released_without_generation,
             at.CANCEL_D: self.d_gets_cancel,
         }
         self._spontaneous: list[tuple[Action, Sure]] = [
             (self.router_sees_leg_fail, self._leg_failed),
-            (self.deadline_or_disconnect, never),
-            (self.p_computes, always),
+            (self.deadline_or_disconnect, at.never),
+            (self.p_computes, at.always),
             (self.p_timer_fires, self._p_waits_in_vain),
-            (self.p_loses_link, always),
-            (self.d_decodes, always),
-            (self.d_gives_link_up, always),
+            (self.p_loses_link, at.always),
+            (self.d_decodes, at.always),
+            (self.d_gives_link_up, at.always),
             (self.d_timer_fires, self._nobody_renews),
         ]
         early = () if self._has(Rule.GRANT_FIRST) else (at.ASKED, at.GRANTED, at.EXPECTED)
@@ -138,15 +139,13 @@ class Handoff:
         """`v` without messages that nobody heeds any more, so that fewer states differ."""
         useless = set[str]()
         if v.p in (*at.OVER, at.DRAINING):
-            useless |= {at.PREFILL, at.GRANT, at.ACK, at.CANCEL_P}
-            if v.p != at.GONE or v.d != at.QUARANTINE:
-                useless.add(at.ABORT_P)
+            useless |= {at.PREFILL, at.GRANT, at.ACK, at.CANCEL_P, at.ABORT_P}
         if v.d in (*at.OVER, at.QUARANTINE):
             useless |= {at.DECODE, at.CANCEL_D, at.RESERVE, at.MANIFEST}
             if self._has(Rule.CURRENT_FRAMES):
                 useless.add(at.FRAME)
         if v.d in (*at.OVER, at.QUARANTINE, at.RUNNING) and self._has(Rule.GENERATION):
-            useless |= {at.ABORT_D} | ({at.RELEASED} if v.d != at.QUARANTINE else set())
+            useless |= {at.ABORT_D} | ({at.RELEASED, at.RELEASED_0} if v.d != at.QUARANTINE else set())
         v = v._replace(net=v.net - useless)
         heard = v.router == at.CLOSED or self._has(Rule.LIVENESS)
         if v.p in at.OVER and v.d in at.OVER and not v.net and heard:  # all such are the same
@@ -278,8 +277,8 @@ class Handoff:
         return v.unpin()._replace(p=at.GONE)
 
     def p_gets_abort(self, v: View) -> View | None:
-        """A transfer that is over here has nothing in flight: D may know."""
-        return self._p_ends(v) if v.p in at.ACTIVE else v.send(at.RELEASED)
+        """Of a transfer that is over here D has been told, or will be when its write has landed."""
+        return self._p_ends(v) if v.p in at.ACTIVE else v
 
     def p_gets_cancel(self, v: View) -> View | None:
         return self._p_ends(v)
@@ -296,10 +295,12 @@ class Handoff:
         return self._p_ends(v) if v.d == at.DEAD and v.p in (*at.ACTIVE, at.DRAINING) else None
 
     def _p_ends(self, v: View) -> View:
-        """The one place where a pin is released without an Ack: when nothing is in flight. Then D may know that."""
+        """The one place where a pin is released without an Ack: when nothing is in flight. Then D may know that, from
+        a P that waits for its grant without a generation, though the Grant may be on its way."""
         if at.WRITE in v.net:
             return v._replace(p=at.DRAINING).send(at.ABORT_D)
-        return v.unpin()._replace(p=at.GONE).send(at.RELEASED if self._world.one_sided else at.ABORT_D)
+        released = at.RELEASED_0 if v.p == at.ASKED else at.RELEASED
+        return v.unpin()._replace(p=at.GONE).send(released if self._world.one_sided else at.ABORT_D)
 
     # ------------------------------------------------------------------ one-sided write
 
@@ -351,9 +352,16 @@ class Handoff:
         return v if self._has(Rule.GENERATION) or v.granted == NONE else v.free(v.granted)
 
     def d_gets_released(self, v: View) -> View | None:
+        if at.RESERVE in v.net:
+            return None  # here the order of the channel counts
         if v.d in (at.EXPECTED, at.LANDING, at.QUARANTINE):
             return self._d_over(v)
         return v if self._has(Rule.GENERATION) or v.granted == NONE else v.free(v.granted)
+
+    def d_gets_released_without_generation(self, v: View) -> View | None:
+        """The Abort before it has none either, and ends what it finds; then the blocks are in quarantine."""
+        v = self._d_fails(v) if v.d in (at.EXPECTED, at.LANDING) else v
+        return self.d_gets_released(v) if v.d != at.QUARANTINE or self._has(Rule.EARLY_RELEASE) else v
 
     def d_gets_cancel(self, v: View) -> View | None:
         return self._d_fails(v).send(*([at.ABORT_P] if v.d == at.LANDING else []))
@@ -390,11 +398,3 @@ class Handoff:
     def _d_over(self, v: View) -> View:
         v = v.free(v.owners.index(v.t)) if v.t in v.owners else v
         return v._replace(d=at.GONE)
-
-
-def always(v: View) -> bool:
-    return True
-
-
-def never(v: View) -> bool:
-    return False

@@ -11,6 +11,7 @@ class Rule(Enum):
 
     CURRENT_FRAMES = "H2: D drops frames of transfers that are not current"
     QUARANTINE = "H3: blocks of an aborted one-sided transfer are quarantined"
+    EARLY_RELEASE = "H3: D also takes the word of a P that never saw the grant, so names no generation"
     TEAR_DOWN = "H3: a quarantine that ends without Released ends the connection first"
     VERIFY = "H4: D admits only what agrees with the manifest"
     LEASE = "H5: D's reservation has a lease"

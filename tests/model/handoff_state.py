@@ -46,9 +46,10 @@ WRITE = "write"  # one-sided: from P's block into D's
 MANIFEST, ACK = "Manifest", "Ack"  # one-sided: the frame headers travel with the manifest
 ABORT_P, ABORT_D = "Abort→P", "Abort→D"
 RELEASED = "Released"  # implies the Abort before it
+RELEASED_0 = "Released, no generation"  # likewise; P gave up before it had the grant, which may be on its way
 
 TO_P = frozenset({PREFILL, CANCEL_P, GRANT, ACK, ABORT_P})
-TO_D = frozenset({DECODE, CANCEL_D, RESERVE, FRAME, WRITE, MANIFEST, ABORT_D, RELEASED})
+TO_D = frozenset({DECODE, CANCEL_D, RESERVE, FRAME, WRITE, MANIFEST, ABORT_D, RELEASED, RELEASED_0})
 
 
 class Leg(NamedTuple):
@@ -192,3 +193,11 @@ def check_kv(v: View) -> None:
     if kv != v.t:
         what = {NONE: "that never came", DAMAGED: "that was damaged"}.get(kv, f"of {NAMES[kv]}")
         raise Broken(f"{v.name} decodes on KV {what}")
+
+
+def always(v: View) -> bool:
+    return True
+
+
+def never(v: View) -> bool:
+    return False

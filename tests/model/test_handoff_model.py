@@ -61,6 +61,7 @@ TWO, ONE, BOTH = (False,), (True,), (False, True)
     [
         (Rule.CURRENT_FRAMES, FAULTY, TWO, "lands in a block of B0"),
         (Rule.QUARANTINE, FAULTY, ONE, "lands in a block of B0"),
+        (Rule.EARLY_RELEASE, CALM, ONE, "never comes to rest"),
         (Rule.TEAR_DOWN, FAULTY, ONE, "lands in a block of B0"),
         (Rule.VERIFY, FAULTY, TWO, "KV that never came"),
         (Rule.VERIFY, DAMAGED, ONE, "KV that was damaged"),

@@ -33,7 +33,7 @@ from tandem.common.worker_config import Role
 from tandem.common.worker_info import Description, Load, WorkerEvent, WorkerState
 from tandem.router.__main__ import listen
 from tandem.router.app import Services, create_app
-from tandem.router.http_protocol import BoundedHeadProtocol
+from tandem.router.http_protocol import bounded_protocol
 from tandem.router.settings import RouterSettings
 
 KEY = b"k" * 32
@@ -239,8 +239,8 @@ class FakeCluster:
         listener = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         config = uvicorn.Config(
-            create_app(self.services), http=BoundedHeadProtocol, log_config=None, lifespan="on",
-            timeout_graceful_shutdown=1,
+            create_app(self.services), http=bounded_protocol(self.settings.send_timeout), log_config=None,
+            lifespan="on", timeout_graceful_shutdown=1,
         )  # fmt: skip
         self.server = _Server(config)
         self._serving = asyncio.create_task(self.server.serve(sockets=[listener]))

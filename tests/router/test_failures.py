@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from tandem.common import rpc
 from tandem.common.errors import InternalError, Overloaded, TransferFailed, WorkerFailed
 from tandem.common.proto import tandem_pb2 as pb
-from tandem.common.request import Leg, LegStats, Token
+from tandem.common.request import Leg, LegStats
 from tandem.router.dispatch import together
 from tests.router.conftest import MakeCluster
 from tests.router.fake_cluster import MODEL, FakeCluster, FakeWorker, OnLeg, update
@@ -290,53 +289,6 @@ async def test_a_client_that_leaves_cancels_both_legs(cluster: MakeCluster, phas
         await fake.until(lambda: fake.metric("tandem_router_client_disconnects_total") == 1)
         assert fake.metric("tandem_router_requests_in_flight") == 0
         assert [worker.legs for worker in fake.members.workers()] == [0, 0]
-
-
-async def test_a_client_that_reads_slowly_slows_its_own_legs_only(cluster: MakeCluster) -> None:
-    """Its tokens wait in a bounded buffer; when it takes none for send_timeout, its request ends."""
-    async with cluster(TEXT, send_timeout=0.3) as fake:
-        sent = 0
-
-        async def endless(worker: FakeWorker, leg: Leg, context: Any) -> AsyncIterator[pb.LegUpdate]:
-            nonlocal sent
-            for sent in range(1, 100_000):
-                yield update(*(Token(0, index, 60 + index % 9) for index in range(sent * 50 - 49, sent * 50 + 1)))
-
-        fake.decode[0].on_leg = endless
-        _, writer = await asyncio.open_connection("127.0.0.1", int(fake.url.rsplit(":", 1)[1]))
-        body = json.dumps({"model": MODEL, "prompt": "hi", "stream": True})
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        writer.write(f"{head}\r\n\r\n{body}".encode())
-        await fake.until(lambda: fake.decode[0].active == 1)
-        assert (await fake.http.get("/livez")).status_code == 200
-        async with asyncio.timeout(10):
-            await fake.decode[0].all_left.wait()
-        assert 0 < sent < 50_000
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-
-
-async def test_silence_is_filled_with_comments(cluster: MakeCluster) -> None:
-    async with cluster("x", keep_alive=0.05) as fake:
-        quiet = asyncio.Event()
-
-        async def late(worker: FakeWorker, leg: Leg, context: Any) -> AsyncIterator[pb.LegUpdate]:
-            await quiet.wait()
-            async for message in worker._prefill(leg):
-                yield message
-
-        fake.prefill[0].on_leg = late
-        lines: list[str] = []
-        body = {"model": MODEL, "prompt": "hi", "stream": True}
-        async with fake.http.stream("POST", "/v1/completions", json=body) as response:
-            async for line in response.aiter_lines():
-                lines.append(line)
-                if lines.count(": keep-alive") == 2:
-                    quiet.set()
-        assert "data: [DONE]" in lines
 
 
 # ---------------------------------------------------------------------- missing workers

@@ -118,6 +118,25 @@ def test_settings_come_from_flags_and_environment(monkeypatch: pytest.MonkeyPatc
         parse_settings(["--model-dir", "x"])
 
 
+def test_who_still_waits_when_the_process_ends_is_told_so(model_dir: Path) -> None:
+    """The answer is on its way before the event loop ends, also behind uvicorn's cancellation."""
+    body = b'{"model": "m", "prompt": "hi"}'
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nExpect: 100-continue\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body)
+    )
+    with running(model_dir, "--served-model-name", "m", "--shutdown-timeout", "0.1") as (process, url):
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=20) as client:
+            client.sendall(head)
+            answer = client.makefile("rb")
+            assert b"100 Continue" in answer.readline()  # it is inside; there is no worker, so it waits
+            process.send_signal(signal.SIGTERM)
+            client.sendall(body)
+            told = answer.read()
+        assert process.wait(10) == 0
+    assert b"HTTP/1.1 503" in told and b"the server is shutting down" in told and b"retry-after: 1" in told, told
+
+
 async def test_streams_get_a_grace_and_then_one_clean_end(model_dir: Path, tokenizer: object) -> None:
     """SIGTERM's path through uvicorn: a stream still running behind the grace ends with an error event."""
     from tests.router.fake_cluster import FakeCluster, Script

@@ -112,6 +112,42 @@ async def test_redis_down_changes_nothing_for_known_workers(
     assert caplog.text.count("registry lost") == 1
 
 
+async def test_whatever_the_registry_fails_with_it_is_asked_again(
+    cluster: MakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What answers at Redis' address may be no Redis: one strange answer, and no worker was ever found again."""
+    async with cluster("x") as fake:
+        fake.registry.error = ValueError("no answer of Redis'")
+        await fake.until(lambda: not fake.members.registry_up)
+        fake.registry.error = None
+        await fake.add(FakeWorker("decode-9", "decode", fake.prefill[0].script))
+        await fake.until(lambda: len(fake.members.workers("decode")) == 2)
+    assert caplog.text.count("registry lost") == 1
+
+
+async def test_a_registry_that_never_answered_is_told(cluster: MakeCluster, caplog: pytest.LogCaptureFixture) -> None:
+    fake = cluster("x", pools=(0, 0))
+    fake.registry.error = RegistryUnavailable("nobody there")
+    async with fake:
+        await fake.until(lambda: "nobody there" in caplog.text)
+        assert fake.metric("tandem_router_registry_up") == 0
+
+
+async def test_two_incarnations_of_a_name_are_one_series(cluster: MakeCluster) -> None:
+    """Prometheus refuses a page with the same series twice, and with it all the others."""
+    async with cluster("x") as fake:
+        loads = [Load(running=3, blocks_total=10, blocks_free=10), Load(running=2, blocks_total=30, blocks_free=10)]
+        fake.decode[0].tell(load=loads[0])
+        await fake.add(FakeWorker("decode-0", "decode", fake.prefill[0].script, load=loads[1]))
+        await fake.until(lambda: {w.load for w in fake.members.workers("decode")} == set(loads))
+        lines = (await fake.http.get("/metrics")).text.splitlines()
+    series = [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
+    assert len(series) == len(set(series))
+    assert 'tandem_worker_running{role="decode",worker="decode-0"} 5.0' in lines
+    assert 'tandem_worker_kv_usage_ratio{role="decode",worker="decode-0"} 0.5' in lines
+    assert 'tandem_worker_blocks{role="decode",state="free",worker="decode-0"} 20.0' in lines
+
+
 async def test_a_watch_that_skips_an_event_is_out_at_once_and_comes_back(cluster: MakeCluster) -> None:
     fake = cluster("x")
     worker = fake.decode[0]
