@@ -162,7 +162,6 @@ class Handoffs:
         for reservation in [r for r in self._reservations.values() if r.link is link]:
             error = TransferFailed(f"the link to prefill worker {reservation.ticket.prefill} broke: {reason}")
             self._fail(reservation, error, tell=False)
-        self._links = {peer: latest for peer, latest in self._links.items() if latest is not link}
 
     # ------------------------------------------------------------------ quarantine (rule H3)
 
@@ -173,7 +172,8 @@ class Handoffs:
             former.close()
             self.on_lost(former, "the prefill worker opened another one")
             self.is_quiet(former)
-        self._links[peer] = link
+        kept = {key: latest for key, latest in self._links.items() if not latest.ended or self.has_quarantined(latest)}
+        self._links = kept | {peer: link}
 
     def is_quiet(self, link: LandLink) -> None:
         """Nothing that P sent over `link`, which has ended, is in flight any more."""
