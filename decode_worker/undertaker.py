@@ -56,6 +56,6 @@ class Undertaker:
                 answer = await self.ask(peer.address)
         except ConnectionRefusedError:
             return True
-        except (OSError, ValueError, TandemError):
+        except (OSError, ValueError, OverflowError, TandemError):
             return False  # nobody can say; it may come back
         return answer.quiet or answer.incarnation != peer.incarnation

@@ -28,9 +28,16 @@ class Heart:
         self._links: list[Beating] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def start(self, alive: Callable[[], bool]) -> None:
-        threading.Thread(target=self._run, args=(alive,), name="heart", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(alive,), name="heart", daemon=True)
+        self._thread.start()
+
+    @property
+    def beating(self) -> bool:
+        """Whether its thread runs: without it every peer gives up this worker's links within seconds."""
+        return self._thread is not None and self._thread.is_alive()
 
     def add(self, link: Beating) -> None:
         with self._lock:

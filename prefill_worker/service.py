@@ -56,6 +56,9 @@ class PrefillServer(WorkerServer):
         heart.start(shell.healthy)
         return cls(shell, {**loaded.describe(), "connector": why}, pool, heart)
 
+    def healthy(self) -> bool:
+        return super().healthy() and self._heart.beating
+
     def stop(self) -> None:
         super().stop()
         self._heart.stop()

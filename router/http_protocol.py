@@ -11,20 +11,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from tandem.common.errors import Overloaded
+from tandem.router.responses import error_response
 
 log = logging.getLogger("tandem.router")
 
 HEAD_TIMEOUT = 10.0  # seconds
 MAX_HEAD_BYTES = 16 << 10
+REFUSED_TIMEOUT = 1.0  # seconds that a connection too many may be silent
+RESERVED_FILES = 256  # at most: for the connections to workers and Redis, and for refusing
+_REFUSAL = error_response(Overloaded("this router has no room for another connection; try again", retry_after=1.0))
+
+
+def max_connections() -> int:
+    """Of clients. Were they allowed every file descriptor, none would be left to find a new worker with."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if files == resource.RLIM_INFINITY else files - min(RESERVED_FILES, files // 2)
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Invariant: `_deadline` runs exactly while the head of a request is due, `_send_deadline` exactly while bytes
-    wait that the client's side of the connection does not take."""
+    """Invariant: `_deadline` runs exactly while the head of a request is due, or anything of a connection that is one
+    too many; `_send_deadline` exactly while bytes wait that the client's side of the connection does not take."""
 
     send_timeout = 30.0  # seconds
+    max_connections = max_connections()
+    _refused = False
     _deadline: asyncio.TimerHandle | None = None
     _send_deadline: asyncio.TimerHandle | None = None
     _head_bytes = 0
@@ -32,7 +47,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # so that pause_writing tells of every byte that waits
-        self._expect_head()
+        self._refused = len(self.connections) > self.max_connections
+        if self._refused:  # with its first bytes: closed with bytes unread, it would be reset, and see no answer
+            self._deadline = self.loop.call_later(REFUSED_TIMEOUT, transport.close)
+        else:
+            self._expect_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -43,11 +62,21 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            self._refuse()
+            return
         super().data_received(data)
         if self._deadline is not None:  # still no end of the head in sight
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response("The request's headers are too large.")
+
+    def _refuse(self) -> None:
+        if not self.transport.is_closing():
+            head = "".join(f"{name}: {value}\r\n" for name, value in _REFUSAL.headers.items())
+            self.transport.write(b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n" + head.encode())
+            self.transport.write(b"\r\n" + bytes(_REFUSAL.body))
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -109,7 +109,9 @@ class Membership:
         self._stopping = False
 
     def start(self) -> None:
-        self._spawn(self._list_forever(), "membership")
+        """And again should the task end, whoever ended it: nobody else finds new workers."""
+        lister = self._spawn(self._list_forever(), "membership")
+        lister.add_done_callback(lambda _: None if self._stopping else self.start())
 
     async def stop(self) -> None:
         self._stopping = True
@@ -152,11 +154,12 @@ class Membership:
             return False
         return True
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(_report)
+        return task
 
     async def _list_forever(self) -> None:
         while True:

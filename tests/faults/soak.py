@@ -32,7 +32,7 @@ import psutil
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[2])  # for `tests`, as pytest does it
 
-from tests.faults.clients import Crowd, End, check
+from tests.faults.clients import PLAIN, Crowd, End, check
 from tests.faults.process_cluster import ROUTER, ProcessCluster, until
 from tests.faults.test_kill_matrix import KV_BYTES, PROVOKED, ROUTER_CASES, WORKER_CASES, Oracle
 from tests.faults.test_processes import standing_still, stopped_one
@@ -178,7 +178,9 @@ class Soak:
             redis.restart()
         else:
             os.kill(redis.pid, signal.SIGCONT)
-        until(lambda: httpx.get(url).json()["registry"] == "up", PATIENCE, "the registry was not up again")
+        until(
+            lambda: httpx.get(url, verify=PLAIN).json()["registry"] == "up", PATIENCE, "the registry was not up again"
+        )
 
     def _strike_at_failpoint(self, fault: Fault) -> str:
         cluster, role, name = self._cluster, fault.target, fault.name

@@ -205,7 +205,7 @@ def until(condition: Callable[[], bool], timeout: float, every: float = 0.02) ->
 
 # ---------------------------------------------------------------------------------------- tasks that end (E63)
 
-ENDS = [("membership", "raises"), ("decode-0", "raises"), ("decode-0", "cancelled")]
+ENDS = [("membership", "raises"), ("membership", "cancelled"), ("decode-0", "raises"), ("decode-0", "cancelled")]
 
 
 @pytest.mark.parametrize(("task", "how"), ENDS)
@@ -230,3 +230,12 @@ async def test_a_task_of_the_router_that_ends_is_replaced(
 
 def failing(*_: object) -> None:
     raise RuntimeError("a bug, says the test")
+
+
+@pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
+def test_a_dead_heart_is_no_health(name: str, local: LocalCluster) -> None:
+    """Without it every peer gives this worker's links up after five seconds, again and again."""
+    server = local.workers[name]
+    assert server.healthy()
+    server._heart.stop()
+    until(lambda: not server.healthy(), 2.0)

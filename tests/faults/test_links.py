@@ -31,6 +31,7 @@ from tandem.engine.config import EngineConfig
 from tandem.kv_transfer import land, tcp
 from tandem.kv_transfer.negotiation import NegotiatedSender
 from tandem.prefill_worker import service
+from tests.faults.clients import PLAIN
 from tests.faults.faulty import BadLink
 from tests.faults.local import DEMO_MODEL, pace, worker_of
 from tests.faults.scale import SCALE
@@ -184,7 +185,7 @@ def ask_all(
 
 
 def retries(cluster: LocalCluster) -> float:
-    lines = httpx.get(cluster.url + "/metrics").text.splitlines()
+    lines = httpx.get(cluster.url + "/metrics", verify=PLAIN).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("tandem_router_retries_total"))
 
 

@@ -24,6 +24,7 @@ from tandem.common.worker_config import KEY_VARIABLE, Role, WorkerConfig
 from tandem.decode_worker.service import DecodeServer
 from tandem.engine.config import EngineConfig
 from tandem.prefill_worker.service import PrefillServer
+from tests.faults.clients import PLAIN
 
 Server = PrefillServer | DecodeServer
 START: dict[str, Callable[[WorkerConfig, EngineConfig], Server]] = {
@@ -96,11 +97,11 @@ class LocalCluster:
     def wait_ready(self, timeout: float = 60.0) -> None:
         """Until the router sees every worker."""
         self._until(lambda: len(self.status()) == len(self.workers), timeout)
-        assert httpx.get(self.url + "/readyz").status_code == 200
+        assert httpx.get(self.url + "/readyz", verify=PLAIN).status_code == 200
 
     def status(self) -> list[dict[str, Any]]:
         try:
-            return [w for w in httpx.get(self.url + "/status").json()["workers"] if w["state"] == "ready"]
+            return [w for w in httpx.get(self.url + "/status", verify=PLAIN).json()["workers"] if w["state"] == "ready"]
         except httpx.TransportError:
             assert self._router.poll() is None, "the router ended"
             return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -18,7 +19,7 @@ from uvicorn.server import ServerState
 from tandem.common.proto import tandem_pb2 as pb
 from tandem.common.request import Leg, Token
 from tandem.router.completions import PromptSink
-from tandem.router.http_protocol import bounded_protocol
+from tandem.router.http_protocol import BoundedProtocol, bounded_protocol, max_connections
 from tests.router.conftest import MakeCluster
 from tests.router.fake_cluster import MODEL, FakeCluster, FakeWorker, update
 from tests.router.test_failures import hanging
@@ -263,3 +264,30 @@ async def test_a_stop_string_ends_the_legs_also_of_a_client_that_reads_slowly(
             await fake.decode[0].all_left.wait()
         choice = answer.json()["choices"][0]
         assert (choice["text"], choice["finish_reason"]) == ("one ", "stop")
+
+
+async def test_a_connection_too_many_is_told_to_come_again(
+    cluster: MakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E29: not left waiting, and not given the last file descriptor."""
+    async with cluster("x") as fake:
+        address = ("127.0.0.1", int(fake.url.rsplit(":", 1)[1]))
+        opened = [await asyncio.open_connection(*address) for _ in range(3)]
+        assert (await fake.complete()).status_code == 200
+        monkeypatch.setattr(BoundedProtocol, "max_connections", 3)
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(5):
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in head and b"connection: close" in head
+        assert json.loads(body)["error"]["code"] == "engine_overloaded"
+        for _, other in [*opened, (reader, writer)]:
+            other.close()
+            await other.wait_closed()
+        assert (await fake.complete()).status_code == 200, "there is room again"
+
+
+def test_clients_do_not_get_the_last_file_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for files, connections in ((128, 64), (1024, 768), (1 << 20, (1 << 20) - 256)):
+        monkeypatch.setattr(resource, "getrlimit", lambda which, files=files: (files, files))
+        assert max_connections() == connections
