@@ -241,7 +241,8 @@ async def _close(writer: asyncio.StreamWriter) -> None:
     writer.close()
     try:
         with suppress(OSError, TimeoutError):
-            await asyncio.wait_for(writer.wait_closed(), FLUSH)
+            async with asyncio.timeout(FLUSH):
+                await writer.wait_closed()
     finally:
         writer.transport.abort()
 

@@ -210,7 +210,8 @@ class WorkerShell:
         try:
             while self.healthy():
                 try:
-                    event = await asyncio.wait_for(events.get(), timeout=1.0)
+                    async with asyncio.timeout(1.0):
+                        event = await events.get()
                 except TimeoutError:
                     continue  # a long step; look whether the worker lives
                 if events.qsize() > MAX_EVENTS:
@@ -230,7 +231,8 @@ class WorkerShell:
 
         self._worker.inbox.put(reply)
         try:
-            return await asyncio.wait_for(answer, ANSWER_WITHIN)
+            async with asyncio.timeout(ANSWER_WITHIN):
+                return await answer
         except TimeoutError as exc:
             raise WorkerFailed(f"the worker's loop has not come round for {ANSWER_WITHIN:.0f} s") from exc
 
@@ -264,7 +266,8 @@ class WorkerShell:
     async def _next(self, updates: asyncio.Queue[LegUpdate], patience: float) -> LegUpdate:
         while time.monotonic() < patience:
             try:
-                return await asyncio.wait_for(updates.get(), timeout=1.0)
+                async with asyncio.timeout(1.0):
+                    return await updates.get()
             except TimeoutError:
                 if not self.healthy():
                     return LegUpdate(error=WorkerFailed("the worker's engine thread ended; it is being restarted"))

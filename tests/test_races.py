@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tandem.common.handoff import Grant, Manifest, Message, Reserve
 from tandem.common.kv_layout import MAX_BLOCK_SIZE
 from tandem.common.proto import tandem_pb2 as pb
 from tandem.common.proto import tandem_pb2_grpc as services
+from tandem.common.request import LegUpdate
 from tandem.common.worker_loop import Inbox
 from tandem.decode_worker.limits import DecodeLimits
 from tandem.decode_worker.service import ask_prefill_worker
@@ -24,6 +26,7 @@ from tandem.kv_transfer.heart import Heart
 from tandem.kv_transfer.payload import Payload
 from tandem.prefill_worker.transfer import Transfer
 from tandem.prefill_worker.worker import PrefillLimits
+from tests.common.test_service import make_shell
 from tests.faults.scenarios import a_held_transfer, assert_right, pair_of, prompt
 from tests.worker_pair import KEY, Pair
 
@@ -195,6 +198,24 @@ def test_one_links_bug_stops_no_other_links_heartbeats() -> None:
     heart._beat()
     heart._beat()
     assert sound.beats == 2 and "says the test" in broken.lost
+
+
+async def test_a_cancellation_that_meets_an_answer_is_not_lost(tmp_path: Path) -> None:
+    """asyncio.wait_for lost it: a leg whose client left went on, and a stop waited for who asked the stopped worker."""
+    shell, replies = make_shell(Pair(), f"unix://{tmp_path}/none.sock"), list[Callable[[], None]]()
+    shell._worker.inbox.put = replies.append  # pyright: ignore[reportAttributeAccessIssue]
+    updates: asyncio.Queue[LegUpdate] = asyncio.Queue()
+    asking = asyncio.create_task(shell.ask(lambda: None))
+    waiting = asyncio.create_task(shell._next(updates, time.monotonic() + 10.0))
+    while not replies:
+        await asyncio.sleep(0)
+    replies[0]()
+    asyncio.get_running_loop().call_soon(asking.cancel)
+    updates.put_nowait(LegUpdate())
+    waiting.cancel()
+    await asyncio.wait({asking, waiting})
+    assert asking.cancelled() and waiting.cancelled()
+    shell._loop.close()
 
 
 # --------------------------------------------------------------------------------------- whose word ends a quarantine
