@@ -15,7 +15,7 @@ from tandem.common.handoff import Frame
 from tandem.common.kv_layout import KVLayout
 from tandem.kv_transfer.payload import Payload
 
-MAX_FRAME_BYTES = 16 << 20  # bounds what one header makes a receiver allocate, and how long a write is under way
+MAX_FRAME_BYTES = 8 << 20  # bounds what one header makes a receiver allocate, and how long a write is under way
 DIGEST_BYTES = 16
 
 

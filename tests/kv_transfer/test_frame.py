@@ -59,7 +59,7 @@ def test_the_digest_reads_the_named_bytes_of_the_named_rows_in_place():
 
 
 def test_one_header_makes_a_receiver_allocate_16_mib_at_most():
-    assert MAX_FRAME_BYTES == 16 << 20
+    assert MAX_FRAME_BYTES == 8 << 20
     check_frame(make_frame(LIMIT), LAYOUT)
     with pytest.raises(TransferFailed, match="carries 1 to 8"):
         check_frame(make_frame(LIMIT + 1), LAYOUT)
