@@ -44,10 +44,13 @@ ONE_PIECE = 1 << 30  # tokens that no prompt has
 START_TIMEOUT = 120.0  # seconds
 FIRST_TOKEN_ID = 10  # leaves the special tokens out
 VOCAB = 1000
+WARM_UP = 4  # rounds that do not count
 
 
 class Cluster:
     """Router, one D and, unless `local`, one P; ended with the stack."""
+
+    kv_bytes = 64 << 20  # of each worker: room for few prompts, so that their blocks have been used before
 
     def __init__(self, stack: contextlib.ExitStack, model: str, connector: str, pipelined_from: int | None) -> None:
         """`pipelined_from`: None for no P at all."""
@@ -63,7 +66,9 @@ class Cluster:
             KEY_VARIABLE: secrets.token_hex(32), "TANDEM_REDIS_URL": redis.url, "OMP_NUM_THREADS": "1"
         }  # fmt: skip
         worker = [model, "--device", "cpu", "--load-format", "dummy", "--kv-connector", connector]
-        self._start(stack, "router", model, "--port", str(port), "--prefill", str(int(pipelined_from is not None)))
+        worker += ["--kv-cache-memory-bytes", str(self.kv_bytes)]
+        prefill = str(int(pipelined_from is not None))
+        self._start(stack, "router", model, "--port", str(port), "--prefill", prefill, "--log-level", "error")
         self._start(stack, "decode", *worker)
         if pipelined_from is not None:
             self._start(stack, "prefill", *worker, threshold=pipelined_from)
@@ -157,11 +162,11 @@ def measure(model: str, connector: str, lengths: list[int], rounds: int) -> Iter
         rng = random.Random(7)
         for length in lengths:
             times: list[Times] = []
-            for number in range(rounds + 1):
+            for number in range(-WARM_UP, rounds):
                 prompt = rng.choices(range(FIRST_TOKEN_ID, VOCAB), k=length)
                 order = sorted(clusters, key=lambda _: rng.random())
                 answers = {name: clusters[name].ask(prompt) for name in order}
-                if number:  # the first warms up
+                if number >= 0:
                     times.append(Times(**answers))
             yield summarize(connector, length, times)
 
@@ -185,8 +190,10 @@ def main() -> int:
     parser.add_argument("--tokens", default="512,4000")
     parser.add_argument("--connectors", default="shm,tcp")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--kv-cache-memory-bytes", type=int, default=Cluster.kv_bytes)
     parser.add_argument("--save", type=Path)
     arguments = parser.parse_args()
+    Cluster.kv_bytes = arguments.kv_cache_memory_bytes
     rows: list[Row] = []
     names = [name for name in Row.__dataclass_fields__ if name != "rounds"]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")

@@ -12,6 +12,7 @@ from tandem.engine.attention import create_attention
 from tandem.engine.attention.base import AttentionBackend
 from tandem.engine.batch import Batch
 from tandem.engine.group import Group
+from tandem.engine.host_memory import keep_freed_memory
 from tandem.engine.kv_cache import PagedKVCache, local_layout
 from tandem.engine.loader import Progress, fill_random, load_weights
 from tandem.engine.models.layers import Placement
@@ -39,6 +40,8 @@ class Rank:
         device = plan.device(group.rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
         attention, why = create_attention(plan.config.attention_backend, device)
         model = _load_model(plan, group, device, on_progress)
         num_blocks = group.minimum(_num_blocks(plan, group, model, attention))

@@ -58,7 +58,7 @@ def test_the_digest_reads_the_named_bytes_of_the_named_rows_in_place():
     assert after[0] == before[0] and after[1] != before[1]
 
 
-def test_one_header_makes_a_receiver_allocate_16_mib_at_most():
+def test_one_header_makes_a_receiver_allocate_8_mib_at_most():
     assert MAX_FRAME_BYTES == 8 << 20
     check_frame(make_frame(LIMIT), LAYOUT)
     with pytest.raises(TransferFailed, match="carries 1 to 8"):
