@@ -123,9 +123,10 @@ class RouterServer(uvicorn.Server):
         self._door, self._patience, self._deadline = door, patience, 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        patience = self._patience
         if self._door.closed:
-            self.force_exit = self.should_exit = True
-        self._door.closed, self._deadline = True, time.monotonic() + self._patience
+            patience = self.config.timeout_graceful_shutdown = 0
+        self._door.closed, self._deadline = True, time.monotonic() + patience
 
     async def on_tick(self, counter: int) -> bool:
         if self._door.closed and (not self._door.inside or time.monotonic() >= self._deadline):

@@ -97,7 +97,7 @@ class LastWord:
             return
         except asyncio.CancelledError:  # the server stops and its grace is over; it takes answers until we return
             if started:
-                raise
+                return  # what could still be said has been (EventStream)
             error = Overloaded("the server is shutting down; ask again", retry_after=1.0)
         except Exception as exc:
             if started:
