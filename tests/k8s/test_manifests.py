@@ -204,8 +204,8 @@ def test_the_controller_asks_for_no_more_workers_than_the_groups_may_have() -> N
         assert group["replicas"] == wanted[group["groupName"]] <= group["maxReplicas"]
 
 
-@pytest.mark.parametrize(("name", "flag"), [("router", "shutdown_timeout"), ("controller", "drain_timeout")])
-def test_pods_are_given_the_time_that_draining_takes(name: str, flag: str) -> None:
+@pytest.mark.parametrize(("name", "flag"), [("router", "shutdown_timeout"), ("controller", "shutdown_timeout")])
+def test_pods_are_given_the_time_that_their_streams_get(name: str, flag: str) -> None:
     deployment = f"Deployment/tandem-{name}"
     words = next(words for found, words in COMMANDS if found == deployment and words[0] in ("router", "serve"))
     assert parse(words)[flag] < PODS[deployment]["spec"]["terminationGracePeriodSeconds"]

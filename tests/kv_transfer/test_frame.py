@@ -61,10 +61,10 @@ def test_the_digest_reads_the_named_bytes_of_the_named_rows_in_place():
 def test_one_header_makes_a_receiver_allocate_8_mib_at_most():
     assert MAX_FRAME_BYTES == 8 << 20
     check_frame(make_frame(LIMIT), LAYOUT)
-    with pytest.raises(TransferFailed, match="carries 1 to 8"):
+    with pytest.raises(TransferFailed, match=f"carries 1 to {LIMIT}"):
         check_frame(make_frame(LIMIT + 1), LAYOUT)
     assert rows_per_frame(3 * MAX_FRAME_BYTES) == 1  # a block larger than the limit goes alone
-    layer = make_frame(8 * 32, num_layers=1, num_bytes=8 * LAYOUT.block_bytes, first_layer=31)
+    layer = make_frame(LIMIT * 32, num_layers=1, num_bytes=LIMIT * LAYOUT.block_bytes, first_layer=31)
     check_frame(layer, LAYOUT)  # as many rows of a single layer as fit
 
 
