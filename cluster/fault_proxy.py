@@ -179,7 +179,11 @@ class FaultProxy(AbstractContextManager["FaultProxy"]):
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
             self._lanes.difference_update(lanes)
-            await asyncio.gather(*(_close(lane.writer) for lane in lanes))
+            try:
+                await asyncio.gather(*(_flush(lane.writer) for lane in lanes))
+            finally:  # a part that is cancelled before its first step does nothing
+                for lane in lanes:
+                    lane.writer.transport.abort()
 
     async def _take(self, lane: _Lane) -> None:
         while True:
@@ -237,14 +241,11 @@ class FaultProxy(AbstractContextManager["FaultProxy"]):
         return bytes(changed)
 
 
-async def _close(writer: asyncio.StreamWriter) -> None:
+async def _flush(writer: asyncio.StreamWriter) -> None:
     writer.close()
-    try:
-        with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(FLUSH):
-                await writer.wait_closed()
-    finally:
-        writer.transport.abort()
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(FLUSH):
+            await writer.wait_closed()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

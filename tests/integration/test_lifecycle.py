@@ -179,7 +179,8 @@ def test_draining_a_worker_by_name(cluster: Cluster) -> None:
     assert refused.returncode == 1 and "decode-77" in refused.stderr and name in refused.stderr
     done = cluster.run("drain", name, "--timeout", "30", timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert before is not None and not psutil.pid_exists(before["pid"])
+    assert before is not None
+    cluster.wait_until(lambda: not psutil.pid_exists(before["pid"]), 10, "its process's end")
     cluster.wait_until(lambda: has_one(cluster, "decode"), 20, "its successor")
 
 
