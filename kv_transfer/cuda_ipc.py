@@ -140,7 +140,7 @@ class CudaIpcSender:
         if memory is None or self._closed:
             raise TransferFailed("the data path is not open")
         start = frame.first_layer * (memory.shape[1] // self._context.layout.layers)
-        check(memory, payload, targets, start)
+        payload.check_place(targets, start, *memory.shape)
         with _translated(f"copying {payload.nbytes} bytes"), torch.cuda.device(memory.device):
             with torch.cuda.stream(self._stream):
                 copy(memory[:, start : start + payload.row_bytes], payload, targets)
@@ -182,17 +182,6 @@ class CudaIpcReceiver:
         memory = self._context.memory
         assert memory is not None, "`domain` has looked"
         return memory
-
-
-def check(memory: Tensor, payload: Payload, targets: Sequence[int], start: int) -> None:
-    """Raises TransferFailed unless everything lands inside its own block of `memory`."""
-    num_blocks, block_bytes = memory.shape
-    fits = len(targets) == len(payload) and all(0 <= block < num_blocks for block in targets)
-    if not fits or start + payload.row_bytes > block_bytes:
-        raise TransferFailed(
-            f"{len(payload)} rows of bytes [{start}, {start + payload.row_bytes}) do not fit {len(targets)} of D's "
-            f"{num_blocks} blocks of {block_bytes} bytes"
-        )
 
 
 def copy(target: Tensor, payload: Payload, targets: Sequence[int]) -> None:

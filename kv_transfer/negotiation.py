@@ -1,4 +1,4 @@
-"""Which connector a pair uses: the fastest that both ends have, found out anew by every link.
+"""Which connector a pair uses: the first that both ends have, in the registry's order; each link finds out anew.
 
     P                                              D
     publish domains/0 {connector: domain, …}       publish domains/1
@@ -16,6 +16,7 @@ import contextlib
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
@@ -35,7 +36,7 @@ End = TypeVar("End", Sender, Receiver)
 OPEN_SHARE = 0.3  # of the time to set a link up, for one connector that does not answer
 
 
-class _Negotiated(Generic[End]):
+class _Negotiated(ABC, Generic[End]):
     """One end. `allowed`: the connectors this worker's --kv-connector permits."""
 
     rank: int  # P is 0, D is 1
@@ -129,8 +130,9 @@ class _Negotiated(Generic[End]):
             return exc.message
         return ""
 
+    @abstractmethod
     def _make(self, connector: Connector) -> End:
-        raise NotImplementedError
+        """This end of `connector`."""
 
 
 class NegotiatedSender(_Negotiated[Sender]):

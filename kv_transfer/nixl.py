@@ -95,12 +95,7 @@ class Cache:
     def offset(self, frame: Frame, payload: Payload, targets: Sequence[int]) -> int:
         """Where in D's blocks `payload` begins. Raises TransferFailed unless every byte has its place there."""
         start = payload.row_bytes // frame.num_layers * frame.first_layer
-        fits = len(targets) == len(payload) and all(0 <= block < self.num_blocks for block in targets)
-        if not fits or start + payload.row_bytes > self.block_bytes:
-            raise TransferFailed(
-                f"{len(payload)} rows of bytes [{start}, {start + payload.row_bytes}) do not fit {len(targets)} of D's "
-                f"{self.num_blocks} blocks of {self.block_bytes} bytes"
-            )
+        payload.check_place(targets, start, self.num_blocks, self.block_bytes)
         return start
 
 

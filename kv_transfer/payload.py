@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tandem.common.errors import TransferFailed
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Payload:
@@ -66,6 +68,15 @@ class Payload:
             return torch.from_numpy(self.memory.numpy()[list(self.rows), self.start : self.stop])
         ids = torch.tensor(self.rows, dtype=torch.int64, device=self.memory.device)
         return self.memory[:, self.start : self.stop].index_select(0, ids)
+
+    def check_place(self, targets: Sequence[int], start: int, num_blocks: int, block_bytes: int) -> None:
+        """Raises TransferFailed unless each row, written from byte `start` of its target on, stays inside it."""
+        fits = len(targets) == len(self) and all(0 <= block < num_blocks for block in targets)
+        if not fits or start + self.row_bytes > block_bytes:
+            raise TransferFailed(
+                f"{len(self)} rows of bytes [{start}, {start + self.row_bytes}) do not fit {len(targets)} targets "
+                f"among D's {num_blocks} blocks of {block_bytes} bytes"
+            )
 
     @property
     def _is_whole(self) -> bool:

@@ -65,7 +65,8 @@ CONNECTORS: dict[str, Callable[[], Connector]] = {
     "torch": _torch,
     "inproc": _inproc,
 }
-# Fastest first; the order is measured in docs/benchmarks.md. `inproc` is for tests and has to be named.
+# Fastest first (docs/benchmarks.md), but for nixl on CPUs: there it is faster than tcp on one host, where shm is taken
+# anyway, was not measured between hosts, and lets anybody in (nixl.py). `inproc` is for tests and has to be named.
 _PREFERRED = {
     "cuda": ("cuda_ipc", "nixl", "torch", "tcp"),
     "cpu": ("shm", "tcp", "nixl", "torch"),
@@ -73,14 +74,14 @@ _PREFERRED = {
 
 
 def preferred(device_type: str) -> tuple[str, ...]:
-    """All connectors that move blocks of such a device, fastest first. Raises ConfigError."""
+    """All connectors that move blocks of such a device, in the order to try them. Raises ConfigError."""
     if device_type not in _PREFERRED:
         raise ConfigError(f"no KV connector moves blocks of a {device_type} device; use cpu or cuda")
     return (*_PREFERRED[device_type], "inproc")
 
 
 def choose(name: str, device: torch.device) -> tuple[tuple[str, ...], str]:
-    """The connectors that `name` (auto, or one of them) allows on `device`, fastest first, and a line that says so.
+    """The connectors that `name` (auto, or one of them) allows on `device`, in the order to try, and a line about it.
 
     Raises ConfigError.
     """

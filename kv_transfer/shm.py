@@ -123,7 +123,7 @@ class ShmSender:
         if memory is None:
             raise TransferFailed("shm: the data path is not open")
         start = frame.first_layer * (memory.shape[1] // self._context.layout.layers)
-        _check(memory, payload, targets, start)
+        payload.check_place(targets, start, *memory.shape)
         target = memory[:, start : start + payload.row_bytes]
         source = payload.memory.numpy()[:, payload.start : payload.stop]
         for index, count in _runs(payload.rows, targets):
@@ -154,17 +154,6 @@ class ShmReceiver:
 
     def close(self) -> None:
         """Nothing to do: P unmaps what it has mapped."""
-
-
-def _check(memory: Memory, payload: Payload, targets: Sequence[int], start: int) -> None:
-    """Raises TransferFailed unless everything lands inside its own block."""
-    blocks, block_bytes = memory.shape
-    if len(targets) != len(payload) or not targets or not 0 <= min(targets) <= max(targets) < blocks:
-        raise TransferFailed(f"shm: {len(payload)} blocks for {len(targets)} targets in the peer's {blocks} blocks")
-    if start + payload.row_bytes > block_bytes:
-        raise TransferFailed(
-            f"shm: bytes [{start}, {start + payload.row_bytes}) do not fit the peer's blocks of {block_bytes} bytes"
-        )
 
 
 def _runs(rows: Sequence[int], targets: Sequence[int]) -> Iterator[tuple[int, int]]:

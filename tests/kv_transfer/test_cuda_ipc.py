@@ -13,7 +13,7 @@ import torch
 
 from tandem.common.errors import ConfigError, TransferFailed
 from tandem.kv_transfer.context import Context
-from tandem.kv_transfer.cuda_ipc import Export, check, copy, domain
+from tandem.kv_transfer.cuda_ipc import Export, copy, domain
 from tandem.kv_transfer.inproc import channel_pair
 from tandem.kv_transfer.payload import Payload
 from tests.kv_transfer.pairs import SMALL
@@ -73,7 +73,7 @@ def test_rows_are_copied_to_their_targets_and_nowhere_else(rows, targets, first,
     expected = target.clone()
     for row, block in zip(rows, blocks, strict=True):
         expected[block, 6 : 6 + size] = source[row, first : first + size]
-    check(target, payload, blocks, 6)
+    payload.check_place(blocks, 6, *target.shape)
     copy(target[:, 6 : 6 + size], payload, blocks)
     assert torch.equal(target, expected)
 
@@ -82,7 +82,7 @@ def test_rows_are_copied_to_their_targets_and_nowhere_else(rows, targets, first,
 def test_what_has_no_place_at_the_other_end_is_refused(targets, start):
     memory = torch.zeros(12, 20, dtype=torch.uint8)
     with pytest.raises(TransferFailed, match="do not fit"):
-        check(memory, Payload.whole(torch.zeros(2, 12, dtype=torch.uint8)), targets, start)
+        Payload.whole(torch.zeros(2, 12, dtype=torch.uint8)).check_place(targets, start, *memory.shape)
 
 
 def test_it_says_what_it_needs():

@@ -279,7 +279,7 @@ def test_close_during_a_write_lets_it_touch_mapped_memory_only(pair, monkeypatch
     the process; the mapping goes when `send` is over."""
     pair.open()
     payload = Payload.layers(noise(pair.source), (1, 5), 0, LAYOUT.block_bytes)
-    targets, errors, check = Stopping((3, 9)), list[str](), shm._check
+    targets, errors, check = Stopping((3, 9)), list[str](), Payload.check_place
 
     def arming(*args) -> None:
         check(*args)
@@ -291,7 +291,7 @@ def test_close_during_a_write_lets_it_touch_mapped_memory_only(pair, monkeypatch
         except TransferFailed as exc:
             errors.append(exc.message)
 
-    monkeypatch.setattr(shm, "_check", arming)
+    monkeypatch.setattr(Payload, "check_place", arming)
     mapped, thread = mappings(), threading.Thread(target=send)
     thread.start()
     assert targets.reached.wait(WAIT)
