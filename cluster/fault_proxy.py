@@ -15,7 +15,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -166,8 +166,17 @@ class FaultProxy(AbstractContextManager["FaultProxy"]):
         await self._join(up, down)
 
     async def _join(self, *lanes: _Lane) -> None:
-        """Until both directions ended, or one was truncated or broke."""
+        """Until both directions ended, or one was truncated or broke. Both are closed then, also when cancelled."""
         self._lanes.update(lanes)
+        try:
+            await self._carry(lanes)
+            await asyncio.gather(*(_flush(lane.writer) for lane in lanes))
+        finally:
+            self._lanes.difference_update(lanes)
+            for lane in lanes:
+                lane.writer.transport.abort()
+
+    async def _carry(self, lanes: Sequence[_Lane]) -> None:
         for lane in lanes:
             self._strike(lane)
         parts = [asyncio.create_task(part) for lane in lanes for part in (self._take(lane), self._give(lane))]
@@ -178,12 +187,6 @@ class FaultProxy(AbstractContextManager["FaultProxy"]):
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
-            self._lanes.difference_update(lanes)
-            try:
-                await asyncio.gather(*(_flush(lane.writer) for lane in lanes))
-            finally:  # a part that is cancelled before its first step does nothing
-                for lane in lanes:
-                    lane.writer.transport.abort()
 
     async def _take(self, lane: _Lane) -> None:
         while True:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
 import random
 import socket
 import subprocess
@@ -9,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -231,6 +235,41 @@ def test_a_taken_port_and_negative_numbers_are_an_operators_error(line: Line) ->
     for wrong in ("delay=-1", "rate_bytes_per_s=-1", "corrupt_every=-1", "truncate_at=-1"):
         with pytest.raises(ConfigError, match="negative"):
             parse_fault(f"up {wrong}")
+
+
+class StoppedAtOnce(FaultProxy):
+    """Each connection is cancelled, as `close` does, `turns` turns of the loop behind its truncation."""
+
+    turns = 0
+
+    async def _pass(self, lane: Any, piece: bytes) -> bytes:
+        try:
+            return await super()._pass(lane, piece)
+        except ConnectionAbortedError:
+            self.stopping = asyncio.create_task(self._stop())
+            raise
+
+    async def _stop(self) -> None:
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
+        for task in self._serving:
+            task.cancel()
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_stopped_while_a_connection_ends_it_leaves_nothing_open(line: Line, turns: int) -> None:
+    """What stayed open would be found when it is collected, as a warning and so an error."""
+    with contextlib.ExitStack() as target_end:
+        proxy = StoppedAtOnce("127.0.0.1", line.listener.getsockname()[1])
+        with proxy:
+            proxy.turns = turns
+            proxy.set("up", Fault(truncate_at=1))
+            with connect(proxy) as client:
+                target_end.enter_context(line.listener.accept()[0])
+                client.sendall(b"a")
+                assert receive(client, 1) == b""
+        del proxy
+        gc.collect()
 
 
 def test_lines_become_faults() -> None:
