@@ -15,6 +15,7 @@ from tandem.common.model_dir import resolve_model
 from tandem.engine.checkpoint import Checkpoint
 from tandem.engine.config import EngineConfig
 from tandem.engine.group import Group
+from tandem.engine.kernels.compile import library
 from tandem.engine.loader import check_weights, checkpoint_dtype
 from tandem.engine.models.config import ModelConfig
 from tandem.engine.models.layers import Placement
@@ -97,7 +98,7 @@ def _dtype(config: EngineConfig, model: ModelConfig, checkpoint: Checkpoint, dev
     name = DTYPE_ALIASES.get(config.dtype, config.dtype)
     if name == "auto":
         name = checkpoint_dtype(model, checkpoint.entries)
-        if device_type == "cpu" and name in ("bfloat16", "float16") and not _computes(name):
+        if device_type == "cpu" and name in ("bfloat16", "float16") and not _computes(name, config.attention_backend):
             logger.info("dtype float32: this CPU only emulates the checkpoint's %s, about ten times slower", name)
             return "float32"
     if name not in ELEMENT_BYTES:
@@ -105,8 +106,13 @@ def _dtype(config: EngineConfig, model: ModelConfig, checkpoint: Checkpoint, dev
     return name
 
 
-def _computes(dtype: str) -> bool:
-    """Whether the CPU has instructions for products of this 16-bit type; torch falls back to slow emulation."""
+def _computes(dtype: str, backend: str) -> bool:
+    """Whether products of this 16-bit type are fast: by our kernels, which widen it, or by instructions of the CPU.
+
+    PyTorch falls back to slow emulation.
+    """
+    if backend in ("auto", "native") and library() is not None:
+        return True
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
     cpu = torch.cpu

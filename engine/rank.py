@@ -16,7 +16,7 @@ from tandem.engine.host_memory import keep_freed_memory
 from tandem.engine.kv_cache import PagedKVCache, local_layout
 from tandem.engine.loader import Progress, fill_random, load_weights
 from tandem.engine.models.layers import Placement
-from tandem.engine.models.transformer import Transformer
+from tandem.engine.models.transformer import Model, Transformer
 from tandem.engine.plan import Plan
 from tandem.engine.runner import ModelRunner, pack
 
@@ -43,7 +43,7 @@ class Rank:
         else:
             keep_freed_memory()
         attention, why = create_attention(plan.config.attention_backend, device)
-        model = _load_model(plan, group, device, on_progress)
+        model = _prepared(_load_model(plan, group, device, on_progress), attention, group)
         num_blocks = group.minimum(_num_blocks(plan, group, model, attention))
         cache = PagedKVCache(plan.layout, num_blocks, device, group.rank, group.world)
         return cls(group, cache, ModelRunner(model, cache, attention), attention, why)
@@ -62,7 +62,18 @@ def _load_model(plan: Plan, group: Group, device: torch.device, on_progress: Pro
     return model
 
 
-def _num_blocks(plan: Plan, group: Group, model: Transformer, attention: AttentionBackend) -> int:
+def _prepared(model: Transformer, attention: AttentionBackend, group: Group) -> Model:
+    """In the form that the chosen backend computes."""
+    if attention.name != "native":
+        return model
+    from tandem.engine.attention.native import NativeAttention
+    from tandem.engine.models.packed import PackedTransformer
+
+    assert isinstance(attention, NativeAttention)
+    return PackedTransformer(model, attention.team, group)
+
+
+def _num_blocks(plan: Plan, group: Group, model: Model, attention: AttentionBackend) -> int:
     """How many blocks this rank's memory budget holds; at least one."""
     block_bytes = local_layout(plan.layout, group.world).block_bytes
     budget = plan.config.kv_cache_memory_bytes
@@ -79,7 +90,7 @@ def _num_blocks(plan: Plan, group: Group, model: Transformer, attention: Attenti
     return budget // block_bytes
 
 
-def _free_cuda_bytes(plan: Plan, group: Group, model: Transformer, attention: AttentionBackend) -> int:
+def _free_cuda_bytes(plan: Plan, group: Group, model: Model, attention: AttentionBackend) -> int:
     """gpu_memory_utilization of the device, less what others use, less our peak in the largest step. May be < 0."""
     device = plan.device(group.rank)
     torch.cuda.reset_peak_memory_stats(device)
@@ -92,7 +103,7 @@ def _free_cuda_bytes(plan: Plan, group: Group, model: Transformer, attention: At
     return int(total * plan.config.gpu_memory_utilization) - others - peak - SAMPLER_BYTES
 
 
-def _largest_step(plan: Plan, group: Group, model: Transformer, attention: AttentionBackend) -> None:
+def _largest_step(plan: Plan, group: Group, model: Model, attention: AttentionBackend) -> None:
     """A full batch of as many sequences as may run, on a small cache that they share: only its memory matters."""
     tokens, size = plan.config.max_num_batched_tokens, plan.layout.block_size
     sequences = min(plan.config.max_num_seqs, tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tandem.engine.attention.base import AttentionBackend, AttentionMetadata
 from tandem.engine.batch import Batch
 from tandem.engine.kv_cache import PagedKVCache
-from tandem.engine.models.transformer import StepInputs, StepOutput, Transformer
+from tandem.engine.models.transformer import Model, StepInputs, StepOutput
 
 HEADER = 4
 
@@ -74,7 +74,7 @@ def integers(values: Tensor) -> list[int]:
 class ModelRunner:
     """One rank's model on its cache. Not thread-safe: one step at a time."""
 
-    def __init__(self, model: Transformer, cache: PagedKVCache, attention: AttentionBackend) -> None:
+    def __init__(self, model: Model, cache: PagedKVCache, attention: AttentionBackend) -> None:
         self._model = model
         self._cache = cache
         self._attention = attention

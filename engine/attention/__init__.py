@@ -28,6 +28,18 @@ def _cpu(device: torch.device) -> AttentionBackend:
     return CpuAttention()
 
 
+def _native(device: torch.device) -> AttentionBackend:
+    if device.type != "cpu":
+        raise ConfigError(_refusal("native", f"its kernels run on the CPU, but the model is on {device}"))
+    from tandem.engine.kernels.compile import library
+
+    if library() is None:
+        raise ConfigError(_refusal("native", "its kernels could not be compiled (is g++ installed?)"))
+    from tandem.engine.attention.native import NativeAttention
+
+    return NativeAttention()
+
+
 def _triton(device: torch.device) -> AttentionBackend:
     if importlib.util.find_spec("triton") is None:
         raise ConfigError(_refusal("triton", "the package triton is not installed"))
@@ -41,6 +53,7 @@ def _triton(device: torch.device) -> AttentionBackend:
 
 BACKENDS: dict[str, Callable[[torch.device], AttentionBackend]] = {
     "cpu": _cpu,
+    "native": _native,
     "reference": _reference,
     "triton": _triton,
 }
@@ -61,7 +74,11 @@ def create_attention(name: str, device: torch.device) -> tuple[AttentionBackend,
 
 def _automatic(device: torch.device) -> tuple[str, str]:
     if device.type == "cpu":
-        return "cpu", "the model is on the CPU"
+        from tandem.engine.kernels.compile import library
+
+        if library() is None:
+            return "cpu", "the model is on the CPU, without a compiler for the native kernels"
+        return "native", "the model is on the CPU"
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         return "triton", "the model is on a CUDA device"
     return "reference", f"the model is on {device} and triton is not there for it"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,23 @@ class StepInputs:
 class StepOutput:
     logits: Tensor  # (R, vocab) float32 on rank 0; elsewhere it means nothing
     finite: Tensor  # (S,) bool: whether the last hidden states of all of a sequence's new tokens are
+
+
+class Model(Protocol):
+    """Computes steps: `Transformer` below, or its packed form (packed.py)."""
+
+    def forward(
+        self,
+        inputs: StepInputs,
+        attention: AttentionBackend,
+        kv: Sequence[Tensor],
+        after_layer: Callable[[int], None] | None = None,
+    ) -> StepOutput:
+        """Write the KV of all tokens into `kv` (one view a layer); logits of `inputs.rows`.
+
+        `after_layer(index)` is called behind each layer, whose KV of this step is then final.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +148,7 @@ class Transformer:
         kv: Sequence[Tensor],
         after_layer: Callable[[int], None] | None = None,
     ) -> StepOutput:
-        """Write the KV of all tokens into `kv` (one view a layer); logits of `inputs.rows`.
-
-        `after_layer(index)` is called behind each layer, whose KV of this step is then final.
-        """
+        """See Model."""
         context = LayerContext(attention, inputs.meta, self.rotary.angles(inputs.positions))
         x = self.embedding.embed(inputs.token_ids)
         for index, (layer, layer_kv) in enumerate(zip(self.layers, kv, strict=True)):

@@ -131,7 +131,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(name: str, window: int | N
 
 def test_the_model_s_device_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, why = create_attention("auto", CPU)
-    assert (backend.name, why) == ("cpu", "the model is on the CPU")
+    assert (backend.name, why) == ("native", "the model is on the CPU")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     backend, why = create_attention("auto", torch.device("cuda"))
     assert backend.name == "reference"
@@ -148,6 +148,7 @@ def test_a_backend_has_the_name_it_is_chosen_by(name: str) -> None:
     [
         ("flash", "cpu", "unknown attention backend 'flash'"),
         ("cpu", "cuda", "computes on the CPU, but the model is on cuda"),
+        ("native", "cuda", "kernels run on the CPU, but the model is on cuda"),
         ("triton", "cpu", "need a CUDA device, but the model is on cpu"),
     ],
 )
@@ -158,7 +159,7 @@ def test_what_cannot_run_is_refused_by_name(
     with pytest.raises(ConfigError) as caught:
         create_attention(name, torch.device(device))
     assert fault in str(caught.value)
-    assert "supported are auto, cpu, reference, triton" in str(caught.value)
+    assert "supported are auto, cpu, native, reference, triton" in str(caught.value)
 
 
 def test_a_backend_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,9 +194,9 @@ def test_what_the_engine_says_about_itself(qwen: Loaded, caplog: pytest.LogCaptu
     assert (layout.layers, layout.kv_heads, layout.head_dim, layout.block_size) == (2, 2, 32, BLOCK)
     assert engine.num_blocks == (4 << 20) // layout.block_bytes
     assert (engine.vocab_size, engine.max_model_len, str(engine.device)) == (VOCAB, 512, "cpu")
-    assert engine.attention_backend == "cpu" and engine.why
+    assert engine.attention_backend == "native" and engine.why
     assert f"KV cache size: {engine.num_blocks * BLOCK} tokens" in caplog.text
-    assert "Loading weights took" in caplog.text and "Attention backend: cpu" in caplog.text
+    assert "Loading weights took" in caplog.text and "Attention backend: native" in caplog.text
 
 
 def test_progress_counts_every_byte(qwen: Loaded) -> None:

@@ -52,7 +52,7 @@ def step(rank: Rank, *work: tuple[Sequence, int]) -> list[Tensor]:
     return list(logits.split([count for _, count in work]))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "native"])
 def test_logits_equal_transformers(family: Family, backend: str) -> None:
     rank = family.rank(attention_backend=backend)
     first = sequence(tokens(45, 1), [5, 2, 9, 0, 7, 11])

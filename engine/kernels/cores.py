@@ -1,0 +1,63 @@
+"""A table in shared memory through which the workers of one machine lend each other the cores they do not use.
+
+    one line of 64 bytes a worker      when it last began a task | how many cores are its own        (cpu/team.h)
+
+A line belongs to whoever holds a lock on its first byte. The system releases that with its holder, and a line whose
+holder is gone says nothing any more, because its time grows old: there is nothing to tidy up after a crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import mmap
+import os
+import tempfile
+from pathlib import Path
+
+LINE, LINES = 64, 64  # bytes of a line; workers of one user on one machine
+
+
+class CoreTable:
+    """`own` cores belong to this process while it lives; it may use others as long as nobody else does."""
+
+    def __init__(self, descriptor: int, mine: int, own: int) -> None:
+        self._descriptor = descriptor  # closing it would release the lock
+        self._memory = mmap.mmap(descriptor, LINE * LINES)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self.lines, self.mine, self.own = LINES, mine, own
+
+    @classmethod
+    def join(cls, own: int, path: Path) -> CoreTable | None:
+        """Take a line. None where that cannot be: no room for one more, a file of somebody else's, or no locks."""
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError:
+            return None
+        try:
+            if os.fstat(descriptor).st_uid == os.getuid():
+                os.ftruncate(descriptor, LINE * LINES)
+                mine = next((line for line in range(LINES) if _lock(descriptor, line)), None)
+                if mine is not None:
+                    return cls(descriptor, mine, own)
+        except OSError:
+            pass
+        os.close(descriptor)
+        return None
+
+
+@functools.cache
+def table(own: int) -> CoreTable | None:
+    """This process's line in the table of this machine and user."""
+    memory = Path("/dev/shm")
+    directory = memory if memory.is_dir() else Path(tempfile.gettempdir())
+    return CoreTable.join(own, directory / f"tandem-cores-{os.getuid()}")
+
+
+def _lock(descriptor: int, line: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, line * LINE)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,296 @@
+// Causal attention over the paged KV cache, of prompts' chunks and single tokens alike.
+//
+//   kv of one layer   (blocks, 2, kv_heads, block_size, head_dim), strided; a block table per sequence
+//   rows              the query heads that share a kv head, of one or more tokens: token 0: head 0 … G-1 | token 1: …
+//
+// A task is one kv head of a sequence for ROWS rows. It walks the context in tiles of TILE positions: keys are widened
+// and transposed into panels of 16 positions, values widened, once for all rows; then two products (the ones of
+// matmul.h) with an online softmax in between (FlashAttention-2). Every SPLIT positions the running maximum, sum and
+// values are merged into the total, so a single token's long context can be shared by several threads (flash decoding).
+//
+// Invariant: tiles and splits begin at fixed positions, and a row's numbers do not depend on the other rows. So a
+// token's output is the same bits in whichever chunk or batch it is computed.
+#pragma once
+
+#include "matmul.h"
+
+namespace tandem {
+
+constexpr int TILE = WIDTH;   // positions; the width of matmul.h's tiles
+constexpr int SPLIT = 512;    // positions
+constexpr int ROWS = 96;      // of a task
+
+struct Cache {
+    void* data;  // of this layer
+    int64_t block, part, head, token;  // strides, in elements
+    int32_t block_size, kind;
+};
+
+struct Step {
+    int64_t tokens, sequences, table_width;
+    const int32_t *query_start, *context_lens, *tables;  // (S + 1,), (S,), (S, table_width)
+    const int64_t *slot_blocks, *slot_offsets;           // (T,)
+    const float *cosines, *sines;                        // (T, head_dim / 2)
+};
+
+struct Heads {
+    int32_t heads, kv_heads, head_dim, rotary;
+    int64_t window;  // tokens in sight, itself included; 0: all
+    float scale;
+};
+
+struct Rows {  // of one task
+    int64_t sequence, kv_head;
+    int64_t first, tokens;  // of the sequence's new tokens
+    int64_t from, to;       // positions of the context
+    int64_t slot;           // -1: the whole context; else where this split's partial result goes
+};
+
+struct Partial {  // of up to ROWS rows: maxima, sums (ROWS,), values (ROWS, width)
+    float *maxima, *sums, *values;
+    static size_t floats(int width) { return size_t(ROWS) * (2 + width); }
+    Partial(float* memory) : maxima(memory), sums(memory + ROWS), values(memory + 2 * ROWS) {}
+    void clear(int64_t rows, int width) {
+        std::fill(maxima, maxima + rows, -std::numeric_limits<float>::infinity());
+        std::fill(sums, sums + rows, 0.0f);
+        std::fill(values, values + rows * width, 0.0f);
+    }
+};
+
+// Keys or values of one panel of 16, as `tile` of matmul.h reads weights.
+struct Panels {
+    const float* data;
+    int64_t panel, input;  // strides
+    Vec load(int64_t index, int which, int vec) const { return read<Vec>(data + which * panel + index * input + vec * LANES); }
+};
+
+template <Kind kind> struct Attention {
+    const Heads& heads;
+    const Step& step;
+    const Cache& cache;
+    const float* query;  // (T, query_row): the heads of a token one behind the other
+    int64_t query_row;
+    float* output;       // (T, heads · head_dim)
+    int width;           // head_dim, rounded up to whole groups of panels
+
+    typedef typename Stored<kind>::Element Element;
+
+    // scratch: queries (ROWS, width) | keys (width, TILE) in panels | values (TILE, width) | scores (ROWS, TILE) | 2 partials
+    size_t scratch() const { return size_t(ROWS) * (width + TILE) + 2 * TILE * width + 2 * Partial::floats(width); }
+
+    // Where `count` positions' elements of this head begin; keys, with values `cache.part` behind.
+    void find(const Rows& rows, int64_t position, int64_t count, const Element** found) const {
+        const int32_t* table = step.tables + rows.sequence * step.table_width;
+        const Element* head = (const Element*)cache.data + rows.kv_head * cache.head;
+        int64_t block = position / cache.block_size, offset = position % cache.block_size;
+        for (int64_t index = 0; index < count; index++) {
+            found[index] = head + table[block] * cache.block + offset * cache.token;
+            if (++offset == cache.block_size) block++, offset = 0;
+        }
+        for (int64_t index = count; index < TILE; index++) found[index] = found[count - 1];  // masked later
+    }
+
+    void fetch(const Element* head) const {
+        constexpr int line = 64 / sizeof(Element);
+        for (int64_t at = 0; at < heads.head_dim; at += line) __builtin_prefetch(head + at);
+    }
+
+    // (TILE positions, head_dim) -> keys [TILE / 16][head_dim][16], values [TILE][width]
+    // `ahead`: positions behind them that will be asked for next; they are on their way when they are.
+    void widen_tile(const Rows& rows, int64_t position, int64_t count, int64_t ahead, float* keys, float* values) const {
+        const Element* found[TILE];
+        if (ahead > 0) {
+            find(rows, position + count, ahead, found);
+            for (int64_t index = 0; index < ahead; index++) fetch(found[index]), fetch(found[index] + cache.part);
+        }
+        find(rows, position, count, found);
+        int64_t dim = heads.head_dim, whole = dim / LANES * LANES;
+        for (int64_t index = 0; index < count; index += LANES) {
+            float* panel = keys + index / PANEL * dim * PANEL + index % PANEL;
+            for (int64_t at = 0; at < whole; at += LANES) {
+                Vec block[LANES];
+                for (int lane = 0; lane < LANES; lane++) block[lane] = Stored<kind>::load(found[index + lane] + at);
+                transpose(block);
+                for (int lane = 0; lane < LANES; lane++) write(panel + (at + lane) * PANEL, block[lane]);
+            }
+            for (int lane = 0; lane < LANES; lane++)
+                for (int64_t at = whole; at < dim; at++) panel[at * PANEL + lane] = Stored<kind>::one(found[index + lane][at]);
+        }
+        for (int64_t index = 0; index < count; index++) {
+            const Element* value = found[index] + cache.part;
+            for (int64_t at = 0; at < whole; at += LANES) write(values + index * width + at, Stored<kind>::load(value + at));
+            for (int64_t at = whole; at < dim; at++) values[index * width + at] = Stored<kind>::one(value[at]);
+        }
+    }
+
+    // Scores of positions out of a row's sight become -inf; those behind `count` too.
+    void mask(const Rows& rows, int64_t row, int64_t position, int64_t count, float* scores) const {
+        int64_t token = rows.first + row / group();
+        int64_t length = step.query_start[rows.sequence + 1] - step.query_start[rows.sequence];
+        int64_t self = step.context_lens[rows.sequence] - length + token;  // its own position
+        int64_t last = std::min(count, self + 1 - position), first = heads.window ? self - heads.window + 1 - position : 0;
+        if (first <= 0 && last >= TILE) return;
+        for (int64_t index = 0; index < TILE; index++)
+            if (index < first || index >= last) scores[index] = -std::numeric_limits<float>::infinity();
+    }
+
+    int64_t group() const { return heads.heads / heads.kv_heads; }
+
+    // One tile: scores, softmax in place, values.
+    void tile_of(const Rows& rows, int64_t count_rows, int64_t position, int64_t to, float* memory, Partial& part) const {
+        int64_t count = std::min<int64_t>(TILE, to - position), ahead = std::min<int64_t>(TILE, to - position - count);
+        float *queries = memory, *keys = queries + ROWS * width, *values = keys + TILE * width, *scores = values + TILE * width;
+        widen_tile(rows, position, count, ahead, keys, values);
+        std::fill(scores, scores + count_rows * TILE, 0.0f);
+        all_rows(count_rows, queries, width, Panels{keys, int64_t(heads.head_dim) * PANEL, PANEL}, 0, heads.head_dim, scores);
+        for (int64_t row = 0; row < count_rows; row++) {
+            float* score = scores + row * TILE;
+            for (int column = 0; column < TILE; column += LANES) write(score + column, read<Vec>(score + column) * heads.scale);
+            mask(rows, row, position, count, score);
+            soften(score, part.maxima[row], part.sums[row], part.values + row * width);
+        }
+        for (int column = 0; column < width; column += WIDTH)
+            values_tile(count_rows, scores, Panels{values + column, PANEL, width}, count, part.values + column);
+    }
+
+    // Online softmax of one row's tile: scores become weights, what was summed before is scaled to the new maximum.
+    void soften(float* score, float& maximum, float& total, float* values) const {
+        Vec most = read<Vec>(score);
+        for (int column = LANES; column < TILE; column += LANES) most = largest(read<Vec>(score + column), most);
+        float grown = largest(largest(broadcast(maximum), most));
+        if (grown == -std::numeric_limits<float>::infinity()) {  // it sees nothing here
+            std::fill(score, score + TILE, 0.0f);
+            return;
+        }
+        Vec added = Vec{};
+        for (int column = 0; column < TILE; column += LANES) {
+            Vec weight = exponential(read<Vec>(score + column) - grown);
+            write(score + column, weight);
+            added += weight;
+        }
+        if (grown != maximum) {
+            float decay = exponential(broadcast(maximum - grown))[0];
+            total *= decay;
+            for (int column = 0; column < width; column += LANES) write(values + column, read<Vec>(values + column) * decay);
+        }
+        total += sum(added);
+        maximum = grown;
+    }
+
+    // values (rows, width) += weights (rows, TILE) · values of the tile, WIDTH columns of them
+    void values_tile(int64_t rows, const float* weights, const Panels& panels, int64_t count, float* values) const {
+        int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+        for (int64_t index = 0; index < tiles; index++) {
+            int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
+            float sums[TILE_ROWS * WIDTH];
+            for (int64_t row = first; row < last; row++)
+                std::memcpy(sums + (row - first) * WIDTH, values + row * width, WIDTH * sizeof(float));
+            rows_tile(int(last - first), weights + first * TILE, TILE, panels, 0, count, sums);
+            for (int64_t row = first; row < last; row++)
+                std::memcpy(values + row * width, sums + (row - first) * WIDTH, WIDTH * sizeof(float));
+        }
+    }
+
+    // total <- total and part, for each row
+    void merge(int64_t rows, Partial& total, const Partial& part) const {
+        const float nothing = -std::numeric_limits<float>::infinity();
+        for (int64_t row = 0; row < rows; row++) {
+            if (part.maxima[row] == nothing) continue;
+            float most = largest(broadcast(part.maxima[row]), broadcast(total.maxima[row]))[0];
+            float old = exponential(broadcast(total.maxima[row] - most))[0], fresh = exponential(broadcast(part.maxima[row] - most))[0];
+            total.sums[row] = total.sums[row] * old + part.sums[row] * fresh;
+            for (int column = 0; column < width; column += LANES) {
+                float *mine = total.values + row * width + column, *its = part.values + row * width + column;
+                write(mine, read<Vec>(mine) * old + read<Vec>(its) * fresh);
+            }
+            total.maxima[row] = most;
+        }
+    }
+
+    void split(const Rows& rows, int64_t count_rows, int64_t from, int64_t to, float* memory, Partial& part) const {
+        part.clear(count_rows, width);
+        for (int64_t position = from; position < to; position += TILE)
+            tile_of(rows, count_rows, position, to, memory, part);
+    }
+
+    void gather_queries(const Rows& rows, float* queries) const {
+        for (int64_t row = 0; row < rows.tokens * group(); row++) {
+            int64_t token = step.query_start[rows.sequence] + rows.first + row / group();
+            const float* from = query + token * query_row + (rows.kv_head * group() + row % group()) * heads.head_dim;
+            std::memcpy(queries + row * width, from, heads.head_dim * sizeof(float));
+        }
+    }
+
+    void store(const Rows& rows, const Partial& total) const {
+        for (int64_t row = 0; row < rows.tokens * group(); row++) {
+            int64_t token = step.query_start[rows.sequence] + rows.first + row / group();
+            float* to = output + (token * heads.heads + rows.kv_head * group() + row % group()) * heads.head_dim;
+            for (int at = 0; at < heads.head_dim; at++) to[at] = total.values[row * width + at] / total.sums[row];
+        }
+    }
+
+    void task(const Rows& rows, float* memory, float* partials) const {
+        int64_t count_rows = rows.tokens * group();
+        gather_queries(rows, memory);
+        if (rows.slot >= 0) {
+            Partial part(partials + rows.slot * Partial::floats(width));
+            return split(rows, count_rows, rows.from, rows.to, memory, part);
+        }
+        float* rest = memory + ROWS * (width + TILE) + 2 * TILE * width;
+        Partial total(rest), part(rest + Partial::floats(width));
+        total.clear(count_rows, width);
+        for (int64_t from = rows.from; from < rows.to; from = (from / SPLIT + 1) * SPLIT) {
+            split(rows, count_rows, from, std::min((from / SPLIT + 1) * SPLIT, rows.to), memory, part);
+            merge(count_rows, total, part);
+        }
+        store(rows, total);
+    }
+
+    // The tasks of one sequence and kv head.
+    void plan(int64_t sequence, int64_t kv_head, std::vector<Rows>& tasks, int64_t& slots) const {
+        int64_t length = step.query_start[sequence + 1] - step.query_start[sequence], context = step.context_lens[sequence];
+        int64_t most = std::max<int64_t>(1, ROWS / group());
+        for (int64_t first = 0; first < length; first += most) {
+            int64_t tokens = std::min(most, length - first), past = context - length + first;
+            int64_t from = heads.window ? std::max<int64_t>(0, past - heads.window + 1) / TILE * TILE : 0, to = past + tokens;
+            if (length > 1 || to - from <= SPLIT) {
+                tasks.push_back({sequence, kv_head, first, tokens, from, to, -1});
+                continue;
+            }
+            for (; from < to; from = (from / SPLIT + 1) * SPLIT)
+                tasks.push_back({sequence, kv_head, first, tokens, from, std::min((from / SPLIT + 1) * SPLIT, to), slots++});
+        }
+    }
+
+    void run(Team& team) const {
+        std::vector<Rows> tasks;
+        int64_t slots = 0;
+        for (int64_t sequence = 0; sequence < step.sequences; sequence++)
+            for (int64_t kv_head = 0; kv_head < heads.kv_heads; kv_head++) plan(sequence, kv_head, tasks, slots);
+        std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& a, const Rows& b) {  // the longest first
+            return a.tokens * (a.to - a.from) > b.tokens * (b.to - b.from);
+        });
+        std::vector<float> partials(slots * Partial::floats(width));
+        team.run(tasks.size(), [&](int64_t index, int thread) {
+            task(tasks[index], team.scratch(thread, scratch()), partials.data());
+        });
+        if (slots) combine(tasks, partials.data());
+    }
+
+    // The partial results of single tokens, in the order of their positions.
+    void combine(std::vector<Rows>& tasks, float* partials) const {
+        std::vector<float> memory(Partial::floats(width));
+        Partial total(memory.data());
+        std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& a, const Rows& b) { return a.slot < b.slot; });
+        for (size_t index = 0; index < tasks.size(); index++) {
+            const Rows& rows = tasks[index];
+            if (rows.slot < 0) continue;
+            bool begins = rows.slot == 0 || tasks[index - 1].sequence != rows.sequence || tasks[index - 1].kv_head != rows.kv_head;
+            if (begins) total.clear(group(), width);
+            merge(group(), total, Partial(partials + rows.slot * Partial::floats(width)));
+            if (rows.to == step.context_lens[rows.sequence]) store(rows, total);
+        }
+    }
+};
+
+}  // namespace tandem

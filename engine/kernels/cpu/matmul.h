@@ -1,0 +1,224 @@
+// Products of activations with packed weights: y (rows, outputs) = x (rows, inputs) · Wᵀ, and what follows in one go.
+//
+//   packed weights   [outputs / 16][inputs][16]   a panel is 16 outputs, streamed from its first input to its last
+//   I4               [outputs / 32][inputs][16]   a byte holds an input's codes of a panel (low) and the next (high)
+//
+// A task computes GROUP panels for a block of rows. Few rows: the weights go from memory straight into the products,
+// widened to floats in registers. Many rows: a stretch of the panels is widened once into the cache, then reused.
+//
+// Invariant: an output is one chain of fused multiply-adds over the inputs in rising order, however many rows there
+// are and whichever way is taken. So a row's result does not depend on the batch it is in.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+#include "team.h"
+
+namespace tandem {
+
+constexpr int GROUP = 2;                           // panels of a task
+constexpr int WIDTH = GROUP * PANEL;               // its outputs
+constexpr int TILE_ROWS = LANES == 8 ? 6 : 12;     // rows whose sums fit into registers beside one panel's weights
+constexpr int SUMS = LANES == 8 ? 8 : 24;          // registers for sums while the weights of a whole group are held
+constexpr int FEW_ROWS = 12;                       // up to these, weights are not widened into the cache
+constexpr int BLOCK_ROWS = 120;                    // of a task; its activations stay in the cache
+constexpr int STRETCH = 256;                       // inputs whose widened panels stay in the first-level cache
+
+struct Matrix {
+    const void* data;     // packed
+    const float* scales;  // I8, I4: (groups, outputs): a code is worth scale · (code - zero)
+    const float* zeros;   // I4: (groups, outputs), as -scale · zero
+    const float* bias;    // (outputs,) or null
+    int64_t outputs, inputs;
+    int32_t kind, group;  // of storage; how many inputs share a scale, at most STRETCH (I8: all)
+};
+
+enum Then : int32_t {
+    STORE = 0,
+    ADD = 1,   // y += the product: the residual stream
+    GATE = 2,  // panels alternate between gate and up; y (rows, outputs / 2) = silu(gate) · up
+};
+
+// How LANES weights (or codes, whose scales follow the sum) of one input are found and widened. Exact.
+template <Kind kind> struct Weights {
+    typedef typename Stored<kind>::Element Element;
+    const Element* data;
+    int64_t inputs;
+    Weights(const Matrix& m, int64_t group) : data((const Element*)m.data + group * GROUP * m.inputs * PANEL), inputs(m.inputs) {}
+    Vec load(int64_t input, int panel, int vec) const {
+        return Stored<kind>::load(data + (panel * inputs + input) * PANEL + vec * LANES);
+    }
+};
+template <> struct Weights<I8> {
+    const int8_t* data;
+    int64_t inputs;
+    Weights(const Matrix& m, int64_t group) : data((const int8_t*)m.data + group * GROUP * m.inputs * PANEL), inputs(m.inputs) {}
+    Vec load(int64_t input, int panel, int vec) const {
+        return to_floats(widen(data + (panel * inputs + input) * PANEL + vec * LANES));
+    }
+};
+template <> struct Weights<I4> {
+    const int8_t* data;
+    Weights(const Matrix& m, int64_t group) : data((const int8_t*)m.data + group * m.inputs * PANEL) {}
+    Vec load(int64_t input, int panel, int vec) const {
+        Ints both = widen(data + input * PANEL + vec * LANES);
+        return to_floats((panel ? both >> 4 : both) & 15);
+    }
+};
+struct Widened {  // [panel][input of the stretch][16]
+    const float* data;
+    Vec load(int64_t input, int panel, int vec) const {
+        return read<Vec>(data + (panel * STRETCH + input) * PANEL + vec * LANES);
+    }
+};
+
+// sums (ROWS, PANELS panels) += x (ROWS, count) · weights [from, from + count)
+template <int ROWS, int PANELS, class W>
+inline void tile(const float* x, int64_t x_row, const W& weights, int first_panel, int64_t from, int64_t count, float* sums) {
+    Vec total[ROWS][PANELS][VECS];
+    for (int row = 0; row < ROWS; row++)
+        for (int panel = 0; panel < PANELS; panel++)
+            for (int vec = 0; vec < VECS; vec++)
+                total[row][panel][vec] = read<Vec>(sums + row * WIDTH + panel * PANEL + vec * LANES);
+    for (int64_t input = 0; input < count; input++) {
+        Vec weight[PANELS][VECS];
+        for (int panel = 0; panel < PANELS; panel++)
+            for (int vec = 0; vec < VECS; vec++) weight[panel][vec] = weights.load(from + input, first_panel + panel, vec);
+        for (int row = 0; row < ROWS; row++) {
+            Vec activation = broadcast(x[row * x_row + input]);
+            for (int panel = 0; panel < PANELS; panel++)
+                for (int vec = 0; vec < VECS; vec++) total[row][panel][vec] += activation * weight[panel][vec];
+        }
+    }
+    for (int row = 0; row < ROWS; row++)
+        for (int panel = 0; panel < PANELS; panel++)
+            for (int vec = 0; vec < VECS; vec++)
+                write(sums + row * WIDTH + panel * PANEL + vec * LANES, total[row][panel][vec]);
+}
+
+// The panels of the group together if their sums fit into registers, else one after the other.
+template <int ROWS, class W>
+inline void group_tile(const float* x, int64_t x_row, const W& weights, int64_t from, int64_t count, float* sums) {
+    if constexpr (ROWS * GROUP * VECS <= SUMS) {
+        tile<ROWS, GROUP>(x, x_row, weights, 0, from, count, sums);
+    } else {
+        for (int panel = 0; panel < GROUP; panel++)
+            tile<ROWS, 1>(x, x_row, weights, panel, from, count, sums + panel * PANEL);
+    }
+}
+
+template <class W>
+inline void rows_tile(int rows, const float* x, int64_t x_row, const W& weights, int64_t from, int64_t count, float* sums) {
+    switch (rows) {
+#define TANDEM_ROWS(n) case n: return group_tile<n>(x, x_row, weights, from, count, sums);
+        TANDEM_ROWS(1) TANDEM_ROWS(2) TANDEM_ROWS(3) TANDEM_ROWS(4) TANDEM_ROWS(5) TANDEM_ROWS(6)
+#if defined(__AVX512F__) || !defined(__AVX__)
+        TANDEM_ROWS(7) TANDEM_ROWS(8) TANDEM_ROWS(9) TANDEM_ROWS(10) TANDEM_ROWS(11) TANDEM_ROWS(12)
+#endif
+#undef TANDEM_ROWS
+    }
+}
+
+// All rows of a block, in tiles of nearly equal height.
+template <class W>
+inline void all_rows(int64_t rows, const float* x, int64_t x_row, const W& weights, int64_t from, int64_t count, float* sums) {
+    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t index = 0; index < tiles; index++) {
+        int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
+        rows_tile(int(last - first), x + first * x_row, x_row, weights, from, count, sums + first * WIDTH);
+    }
+}
+
+// sums (rows, WIDTH) += x (rows, count) · weights [from, from + count)
+template <class W>
+inline void stretch(const Matrix& m, const W& weights, const float* x, int64_t rows, int64_t from, int64_t count, float* sums,
+                    float* widened) {
+    if (rows <= FEW_ROWS) return all_rows(rows, x + from, m.inputs, weights, from, count, sums);
+    for (int panel = 0; panel < GROUP; panel++)
+        for (int64_t input = 0; input < count; input++)
+            for (int vec = 0; vec < VECS; vec++)
+                write(widened + (panel * STRETCH + input) * PANEL + vec * LANES, weights.load(from + input, panel, vec));
+    all_rows(rows, x + from, m.inputs, Widened{widened}, 0, count, sums);
+}
+
+// sums (WIDTH,) += codes · scales + zeros · sum(x)
+inline void rescale(const Matrix& m, int64_t group, int64_t index, const float* x, int64_t count, const float* codes, float* sums) {
+    int64_t outputs = (m.outputs + WIDTH - 1) / WIDTH * WIDTH, first = index * outputs + group * WIDTH;
+    Vec total = Vec{};
+    int64_t input = 0;
+    for (; input + LANES <= count; input += LANES) total += read<Vec>(x + input);
+    float all = sum(total);
+    for (; input < count; input++) all += x[input];
+    for (int column = 0; column < WIDTH; column += LANES) {
+        Vec value = read<Vec>(sums + column) + read<Vec>(codes + column) * read<Vec>(m.scales + first + column);
+        write(sums + column, value + read<Vec>(m.zeros + first + column) * all);
+    }
+}
+
+// sums (rows, WIDTH) of one group of panels. `scratch` holds BLOCK_ROWS · WIDTH + GROUP · STRETCH · PANEL floats.
+template <Kind kind>
+inline void block(const Matrix& m, int64_t group, const float* x, int64_t rows, float* sums, float* scratch) {
+    Weights<kind> weights(m, group);
+    float *codes = scratch, *widened = scratch + BLOCK_ROWS * WIDTH;
+    std::fill(sums, sums + rows * WIDTH, 0.0f);
+    int64_t unit = kind == I4 ? m.group : rows <= FEW_ROWS ? m.inputs : STRETCH;
+    for (int64_t from = 0; from < m.inputs; from += unit) {
+        int64_t count = std::min(unit, m.inputs - from);
+        if (kind != I4) {
+            stretch(m, weights, x, rows, from, count, sums, widened);
+            continue;
+        }
+        std::fill(codes, codes + rows * WIDTH, 0.0f);
+        stretch(m, weights, x, rows, from, count, codes, widened);
+        for (int64_t row = 0; row < rows; row++)
+            rescale(m, group, from / unit, x + row * m.inputs + from, count, codes + row * WIDTH, sums + row * WIDTH);
+    }
+}
+
+inline Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
+
+// What follows the product, for one row of a group: `sums` (WIDTH,) into the row `y` of the result.
+inline void finish(const Matrix& m, int64_t group, Then then, const float* sums, float* y) {
+    float done[WIDTH];
+    for (int column = 0; column < WIDTH; column += LANES) {
+        Vec value = read<Vec>(sums + column);
+        if (m.kind == I8) value *= read<Vec>(m.scales + group * WIDTH + column);
+        if (m.bias) value += read<Vec>(m.bias + group * WIDTH + column);
+        write(done + column, value);
+    }
+    int64_t first = group * WIDTH, count = std::min<int64_t>(WIDTH, m.outputs - first);
+    if (then == GATE) {
+        first = group * PANEL, count = PANEL;
+        for (int column = 0; column < PANEL; column += LANES)
+            write(done + column, silu(read<Vec>(done + column)) * read<Vec>(done + PANEL + column));
+    } else if (then == ADD) {
+        for (int64_t column = 0; column < count; column++) done[column] += y[first + column];
+    }
+    std::memcpy(y + first, done, count * sizeof(float));
+}
+
+template <Kind kind>
+inline void product(Team& team, const Matrix& m, const float* x, int64_t rows, Then then, float* y) {
+    int64_t groups = (m.outputs + WIDTH - 1) / WIDTH, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    int64_t y_row = then == GATE ? m.outputs / 2 : m.outputs;
+    team.run(groups * blocks, [&](int64_t task, int thread) {
+        int64_t group = task / blocks, index = task % blocks;
+        int64_t first = rows * index / blocks, count = rows * (index + 1) / blocks - first;
+        float* sums = team.scratch(thread, 2 * BLOCK_ROWS * WIDTH + GROUP * STRETCH * PANEL);
+        block<kind>(m, group, x + first * m.inputs, count, sums, sums + BLOCK_ROWS * WIDTH);
+        for (int64_t row = 0; row < count; row++) finish(m, group, then, sums + row * WIDTH, y + (first + row) * y_row);
+    });
+}
+
+inline void product(Team& team, const Matrix& m, const float* x, int64_t rows, Then then, float* y) {
+    switch (m.kind) {
+        case F32: return product<F32>(team, m, x, rows, then, y);
+        case BF16: return product<BF16>(team, m, x, rows, then, y);
+        case F16: return product<F16>(team, m, x, rows, then, y);
+        case I8: return product<I8>(team, m, x, rows, then, y);
+        case I4: return product<I4>(team, m, x, rows, then, y);
+    }
+}
+
+}  // namespace tandem

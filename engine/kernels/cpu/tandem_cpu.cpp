@@ -1,0 +1,51 @@
+// The C interface of the CPU kernels; engine/kernels/native.py has the same declarations for ctypes. Nothing throws
+// into the caller but std::bad_alloc, which ends the process: the engine has no use for half a step.
+
+#include "layer.h"
+
+using namespace tandem;
+
+extern "C" {
+
+int tandem_line_bytes() { return sizeof(Line); }
+
+Team* tandem_team(int threads, int cores, int niceness, void* table, int lines, int mine) {
+    Line* all = (Line*)table;
+    if (all) all[mine].seen.store(0), all[mine].cores.store(cores);
+    return new Team(threads, niceness, all, lines, mine);
+}
+void tandem_disband(Team* team) { delete team; }
+void tandem_begin(Team* team) { team->begin(); }
+void tandem_end(Team* team) { team->end(); }
+int tandem_welcome(Team* team) { return team->welcome(); }
+
+// y (rows, outputs) = x (rows, inputs) · Wᵀ, all float; `then` as in matmul.h.
+void tandem_product(Team* team, const Matrix* matrix, const float* x, int64_t rows, int32_t then, float* y) {
+    product(*team, *matrix, x, rows, Then(then), y);
+}
+
+void tandem_normalize(Team* team, const float* x, const float* weight, int64_t rows, int64_t size, float eps, float* y) {
+    each_row(*team, rows, [&](int64_t row) { normalize(x + row * size, weight, size, eps, y + row * size); });
+}
+
+// seen (T, heads, head_dim) = attention of query (T, heads, head_dim) over the cache, which holds the new tokens' KV.
+void tandem_attention(Team* team, const Heads* heads, const Step* step, const Cache* cache, const float* query, float* seen) {
+    int width = (heads->head_dim + WIDTH - 1) / WIDTH * WIDTH;
+    int64_t row = int64_t(heads->heads) * heads->head_dim;
+    if (cache->kind == F32) Attention<F32>{*heads, *step, *cache, query, row, seen, width}.run(*team);
+    if (cache->kind == BF16) Attention<BF16>{*heads, *step, *cache, query, row, seen, width}.run(*team);
+    if (cache->kind == F16) Attention<F16>{*heads, *step, *cache, query, row, seen, width}.run(*team);
+}
+
+// y (T, hidden) += the attention half of `x`; `memory`: T · (hidden + q, k and v + q) floats.
+void tandem_attend(Team* team, const Layer* layer, const Step* step, const Cache* cache, const float* x, float* memory, float* y) {
+    if (cache->kind == F32) attend<F32>(*team, *layer, *step, *cache, x, memory, y);
+    if (cache->kind == BF16) attend<BF16>(*team, *layer, *step, *cache, x, memory, y);
+    if (cache->kind == F16) attend<F16>(*team, *layer, *step, *cache, x, memory, y);
+}
+
+// y (rows, hidden) += the MLP half of `x`; `memory`: rows · (hidden + inner) floats.
+void tandem_think(Team* team, const Layer* layer, int64_t rows, const float* x, float* memory, float* y) {
+    think(*team, *layer, rows, x, memory, y);
+}
+}

@@ -1,0 +1,162 @@
+// Threads that share one worker's products, and lend their cores to the machine's other workers.
+//
+//   run(tasks, f)   f(task) for each of 0 … tasks - 1, by this thread and by as many helpers as are free to come
+//
+// Invariant: helpers are welcome, never needed. Tasks are handed out one at a time, so a helper that the system runs
+// late costs at most the task it holds. Between steps helpers sleep; inside one they spin, for the next product is
+// microseconds away.
+//
+// Lending. All workers of a machine share a table with a line for each: how many cores are its own, and when it last
+// began a task. A worker may use every core that no other worker, seen busy within the last BUSY, owns. A worker
+// that dies stops writing, and so lends all it had.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <ctime>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace tandem {
+
+constexpr int64_t BUSY = 3'000'000;  // nanoseconds; longer than any task
+constexpr int SPINS = 2000;          // looks at an ending region before its starter sleeps
+
+struct alignas(64) Line {
+    std::atomic<int64_t> seen;   // CLOCK_MONOTONIC, nanoseconds, of the last task; 0: at rest
+    std::atomic<int32_t> cores;  // that this worker owns
+};
+
+inline int64_t nanoseconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1'000'000'000LL + now.tv_nsec;
+}
+
+inline void rest() {  // leaves the core, so that the system can move whoever is waited for to it
+    timespec moment{0, 20'000};
+    nanosleep(&moment, nullptr);
+}
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+#endif
+}
+
+class Team {
+  public:
+    // `table` may be null: then nothing is lent and every thread is always used.
+    Team(int threads, int niceness, Line* table, int lines, int mine)
+        : table_(table), lines_(lines), mine_(mine), threads_(threads) {
+        for (int index = 1; index < threads; index++)
+            helpers_.emplace_back([this, index, niceness] { help(index, niceness); });
+    }
+    ~Team() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            ending_ = true;
+        }
+        wake_.notify_all();
+        for (std::thread& helper : helpers_) helper.join();
+    }
+    int threads() const { return threads_; }
+
+    void begin() { stepping_.store(true); }
+    void end() {
+        stepping_.store(false);
+        if (table_) table_[mine_].seen.store(0, std::memory_order_relaxed);
+    }
+
+    // How many threads may work now.
+    int welcome() const {
+        if (!table_) return threads_;
+        int64_t now = nanoseconds();
+        int taken = 0;
+        for (int line = 0; line < lines_; line++)
+            if (line != mine_ && now - table_[line].seen.load(std::memory_order_relaxed) < BUSY)
+                taken += table_[line].cores.load(std::memory_order_relaxed);
+        int own = table_[mine_].cores.load(std::memory_order_relaxed);
+        return std::max(own, threads_ - taken);
+    }
+
+    template <class F> void run(int64_t tasks, F&& work) {  // work(task, thread)
+        stamp();
+        int want = tasks > 1 ? welcome() : 1;
+        if (want < 2) {
+            for (int64_t task = 0; task < tasks; task++, stamp()) work(task, 0);
+            return;
+        }
+        job_ = [&work](int64_t task, int thread) { work(task, thread); };
+        tasks_ = tasks;
+        next_.store(0);
+        wanted_.store(want);
+        if (asleep_.load() > threads_ - want) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            wake_.notify_all();
+        }
+        open_.store(true);
+        take_part(0);
+        open_.store(false);
+        for (int spins = 0; active_.load() != 0; spins++) spins < SPINS ? pause() : rest();
+    }
+
+    float* scratch(int thread, size_t floats) {  // this thread's own memory, kept
+        if (scratch_.size() < size_t(threads_)) scratch_.resize(threads_);
+        if (scratch_[thread].size() < floats) scratch_[thread].resize(floats);
+        return scratch_[thread].data();
+    }
+
+  private:
+    void stamp() {
+        if (table_) table_[mine_].seen.store(nanoseconds(), std::memory_order_relaxed);
+    }
+    void take_part(int thread) {
+        for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) {
+            stamp();
+            job_(task, thread);
+        }
+    }
+    void help(int index, int niceness) {
+        setpriority(PRIO_PROCESS, syscall(SYS_gettid), niceness);
+        while (!ending_) {
+            if (!stepping_.load() || index >= wanted_.load()) {
+                sleep(index);
+                continue;
+            }
+            active_.fetch_add(1);  // sequentially consistent, with open_: either we see it shut, or run() waits for us
+            if (open_.load()) take_part(index);
+            active_.fetch_sub(1);
+            pause();
+        }
+    }
+    void sleep(int index) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        asleep_.fetch_add(1);
+        wake_.wait(lock, [&] { return ending_ || (stepping_.load() && index < wanted_.load()); });
+        asleep_.fetch_sub(1);
+    }
+
+    Line* table_;
+    int lines_, mine_, threads_;
+    std::function<void(int64_t, int)> job_;
+    int64_t tasks_ = 0;
+    std::atomic<int64_t> next_{0};
+    std::atomic<int> wanted_{0}, active_{0}, asleep_{0};
+    std::atomic<bool> open_{false}, stepping_{false};
+    bool ending_ = false;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::vector<std::vector<float>> scratch_;
+    std::vector<std::thread> helpers_;
+};
+
+}  // namespace tandem

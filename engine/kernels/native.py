@@ -1,0 +1,195 @@
+"""Python's side of the C++ kernels in `cpu/`: the same structures, weights in their packed form, and the team.
+
+Every function takes contiguous float32 tensors on the host and is given their addresses; shapes are checked here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tandem.engine.kernels.compile import library
+from tandem.engine.kernels.cores import CoreTable
+
+PANEL, WIDTH = 16, 32  # matmul.h: outputs of a panel, of a task
+STORE, ADD, GATE = 0, 1, 2  # matmul.h: what becomes of a product
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+I8, I4 = 3, 4
+MAX_GROUP = 96  # query heads of a kv head: the rows of an attention task
+MAX_CODES = 256  # inputs that share a scale
+HELPER_NICENESS = 19
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64), ("kind", ctypes.c_int32), ("group", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class Cache(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("block", ctypes.c_int64), ("part", ctypes.c_int64), ("head", ctypes.c_int64),
+        ("token", ctypes.c_int64), ("block_size", ctypes.c_int32), ("kind", ctypes.c_int32),
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, kv: Tensor) -> Cache:
+        """Of one layer's view: (blocks, 2, kv_heads, block_size, head_dim)."""
+        assert kv.stride(4) == 1, "a head's elements lie side by side"
+        block, part, head, token, _ = kv.stride()
+        return cls(kv.data_ptr(), block, part, head, token, kv.shape[3], KINDS[kv.dtype])
+
+
+class Step(ctypes.Structure):
+    _fields_ = (
+        ("tokens", ctypes.c_int64), ("sequences", ctypes.c_int64), ("table_width", ctypes.c_int64),
+        ("query_start", ctypes.c_void_p), ("context_lens", ctypes.c_void_p), ("tables", ctypes.c_void_p),
+        ("slot_blocks", ctypes.c_void_p), ("slot_offsets", ctypes.c_void_p),
+        ("cosines", ctypes.c_void_p), ("sines", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+class Heads(ctypes.Structure):
+    _fields_ = (
+        ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32), ("head_dim", ctypes.c_int32),
+        ("rotary", ctypes.c_int32), ("window", ctypes.c_int64), ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        ("qkv", Matrix), ("output", Matrix), ("gate_up", Matrix), ("down", Matrix),
+        ("attention_norm", ctypes.c_void_p), ("mlp_norm", ctypes.c_void_p),
+        ("query_norm", ctypes.c_void_p), ("key_norm", ctypes.c_void_p), ("heads", Heads), ("eps", ctypes.c_float),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A weight as the kernels read it; `matrix` points into the tensors, which live as long as this."""
+
+    matrix: Matrix
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def outputs(self) -> int:
+        return int(self.matrix.outputs)
+
+
+def pack(weight: Tensor, bias: Tensor | None = None) -> Packed:
+    """`weight` (outputs, inputs), float32, bfloat16 or float16 -> panels [outputs / 16][inputs][16], padded with 0."""
+    outputs, inputs = weight.shape
+    panels = _padded(weight).view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+    return _packed((outputs, inputs), KINDS[weight.dtype], (panels,), bias)
+
+
+def pack_codes(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, bias: Tensor | None = None) -> Packed:
+    """Integer codes worth scale · (code - zero).
+
+    8 bits: `codes` (outputs, inputs) int8, `scales` (outputs, 1), no zeros. 4 bits: `codes` uint8 below 16, `scales`
+    and `zeros` (outputs, groups), each group of equally many inputs, `MAX_CODES` at most.
+    """
+    outputs, inputs = codes.shape
+    spread = _padded(scales.float()).t().contiguous()  # (groups, outputs)
+    if bits == 8:
+        assert zeros is None and scales.shape[1] == 1, "8 bits are symmetric, with a scale for each output"
+        panels = _padded(codes).view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+        return _packed((outputs, inputs), I8, (panels, spread), bias)
+    assert bits == 4 and zeros is not None, f"{bits} bits are not packed"
+    pairs = _padded(codes).view(-1, 2, PANEL, inputs)
+    panels = (pairs[:, 0] | (pairs[:, 1] << 4)).transpose(1, 2).contiguous()
+    shift = _padded(-(zeros.float() * scales.float())).t().contiguous()
+    group = inputs // scales.shape[1]
+    assert group <= MAX_CODES and group * scales.shape[1] == inputs, f"{inputs} inputs in groups of {group}"
+    return _packed((outputs, inputs), I4, (panels, spread, shift), bias, group)
+
+
+def _padded(rows: Tensor) -> Tensor:
+    return F.pad(rows, (0, 0, 0, -len(rows) % WIDTH))
+
+
+def _packed(
+    shape: tuple[int, int], kind: int, tensors: tuple[Tensor, ...], bias: Tensor | None, group: int = 0
+) -> Packed:
+    """`tensors`: data, then scales and zeros if there are any."""
+    if bias is not None:
+        bias = F.pad(bias.float(), (0, -len(bias) % WIDTH))
+    addresses = [tensor.data_ptr() for tensor in tensors] + [None, None]
+    matrix = Matrix(*addresses[:3], None if bias is None else bias.data_ptr(), *shape, kind, group)
+    return Packed(matrix, (*tensors, bias) if bias is not None else tensors)
+
+
+class Team:
+    """The threads of one engine's kernels; helpers of its own, which end with it."""
+
+    def __init__(self, threads: int, table: CoreTable | None = None) -> None:
+        """`threads` at most; with a `table`, those of its cores that no other worker uses (team.h)."""
+        found = library()
+        assert found is not None, "asked for kernels that cannot be had: see available()"
+        self._library, self._table, self.threads = found, table, threads
+        own, address, lines, mine = (table.own, table.address, table.lines, table.mine) if table else (0, None, 0, 0)
+        found.tandem_team.restype = ctypes.c_void_p
+        team = found.tandem_team(
+            _int(threads), _int(own), _int(HELPER_NICENESS), ctypes.c_void_p(address), _int(lines), _int(mine)
+        )
+        self._team = ctypes.c_void_p(team)
+
+    def begin(self) -> None:
+        """A step begins: helpers wake."""
+        self._library.tandem_begin(self._team)
+
+    def end(self) -> None:
+        self._library.tandem_end(self._team)
+
+    def product(self, weight: Packed, x: Tensor, y: Tensor, then: int = STORE) -> None:
+        """y (rows, outputs) = or += x (rows, inputs) · weightᵀ + bias; with GATE, y (rows, outputs / 2)."""
+        columns = weight.outputs // 2 if then == GATE else weight.outputs
+        assert x.shape == (len(y), weight.matrix.inputs) and y.shape[1] == columns, f"{x.shape} to {y.shape}"
+        self._call("tandem_product", ctypes.byref(weight.matrix), _floats(x), _long(len(x)), _int(then), _floats(y))
+
+    def normalize(self, x: Tensor, weight: Tensor, eps: float, y: Tensor) -> None:
+        """RMSNorm of the rows of `x` (rows, size) into `y`."""
+        rows, size = x.shape
+        self._call(
+            "tandem_normalize", _floats(x), _floats(weight), _long(rows), _long(size), ctypes.c_float(eps), _floats(y)
+        )
+
+    def attention(self, heads: Heads, step: Step, cache: Cache, query: Tensor, seen: Tensor) -> None:
+        """`query`, `seen` (T, heads, head_dim)."""
+        references = (ctypes.byref(part) for part in (heads, step, cache))
+        self._call("tandem_attention", *references, _floats(query), _floats(seen))
+
+    def attend(self, layer: Layer, step: Step, cache: Cache, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
+        """The attention half of a layer: of x (T, hidden), with scratch memory, added to y (T, hidden)."""
+        references = (ctypes.byref(part) for part in (layer, step, cache))
+        self._call("tandem_attend", *references, *map(_floats, tensors))
+
+    def think(self, layer: Layer, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
+        """The MLP half: of x (T, hidden), with scratch memory, added to y (T, hidden)."""
+        rows = len(tensors[0])
+        self._call("tandem_think", ctypes.byref(layer), _long(rows), *map(_floats, tensors))
+
+    def __del__(self) -> None:
+        if team := getattr(self, "_team", None):
+            self._library.tandem_disband(team)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        getattr(self._library, name)(self._team, *arguments)
+
+
+def available() -> bool:
+    return library() is not None
+
+
+def _floats(tensor: Tensor) -> ctypes.c_void_p:
+    assert tensor.dtype == torch.float32 and tensor.is_contiguous(), f"{tensor.dtype} of strides {tensor.stride()}"
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+_long, _int = ctypes.c_int64, ctypes.c_int32

@@ -1,0 +1,160 @@
+"""The same transformer on the CPU kernels: weights in packed form, float32 between them, two C++ calls a layer.
+
+    Transformer (as loaded, PyTorch) ── pack, layer by layer ──► PackedTransformer; each layer's PyTorch weights go
+
+Weights and KV keep the model's dtype and are widened exactly when they are read; products, the residual stream and
+attention are float32. So a 16-bit model is computed more precisely than in 16 bits, and moves as few bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tandem.engine.attention.base import AttentionBackend
+from tandem.engine.group import Group
+from tandem.engine.kernels import native
+from tandem.engine.kernels.native import PANEL, Packed, Team
+from tandem.engine.models import layers
+from tandem.engine.models.transformer import Layer, StepInputs, StepOutput, Transformer, all_finite
+
+Pack = Callable[[Tensor, Tensor | None], Packed]
+
+
+class PackedLayer:
+    def __init__(self, layer: Layer, eps: float, pack: Pack) -> None:
+        attention, mlp = layer.attention, layer.mlp
+        heads = native.Heads(
+            attention.heads, attention.kv_heads, attention.head_dim, 0, attention.window or 0, attention.head_dim**-0.5
+        )
+        self._weights = [
+            pack(attention.qkv.weight, attention.qkv.bias),
+            pack(attention.output.weight, _once(attention.output)),
+            pack(*interleaved(mlp.gate_up.weight, mlp.gate_up.bias)),
+            pack(_whole_panels(mlp.down.weight), _once(mlp.down)),
+        ]
+        norms = [layer.attention_norm, layer.mlp_norm, *attention.norms]
+        self._norms = [norm.weight.float() for norm in norms]
+        addresses = [norm.data_ptr() for norm in self._norms] + [None] * (4 - len(norms))
+        self.native = native.Layer(*(weight.matrix for weight in self._weights), *addresses, heads, eps)
+
+    @property
+    def scratch(self) -> int:
+        """Floats that one row needs, in either half."""
+        qkv, output, gate_up, _ = (weight.matrix for weight in self._weights)
+        return int(max(qkv.inputs + qkv.outputs + output.inputs, gate_up.inputs + gate_up.outputs // 2))
+
+
+class PackedTransformer:
+    """`forward` is Transformer's. Used by one thread at a time."""
+
+    def __init__(self, model: Transformer, team: Team, group: Group, pack: Pack = native.pack) -> None:
+        """Takes the weights out of `model`, which is good for nothing afterwards."""
+        config = model.config
+        self._team, self._group, self._hidden, self._eps = team, group, config.hidden_size, config.norm_eps
+        self.layers: list[PackedLayer] = []
+        while model.layers:
+            self.layers.append(PackedLayer(model.layers.pop(0), config.norm_eps, pack))
+        self.embedding, self._tied = model.embedding, config.tied
+        self._head, self._vocab_size = pack(model.head.weight, None), config.vocab_size
+        self._norm, self._rotary = model.norm.weight.float(), model.rotary
+        self._rotary.dtype = torch.float32
+        self._caches: tuple[int, list[native.Cache]] = (0, [])
+        self._scratch = torch.empty(0)
+
+    def forward(
+        self,
+        inputs: StepInputs,
+        attention: AttentionBackend,
+        kv: Sequence[Tensor],
+        after_layer: Callable[[int], None] | None = None,
+    ) -> StepOutput:
+        """As Transformer.forward; `attention` is what these kernels are."""
+        self._team.begin()
+        try:
+            return self._forward(inputs, kv, after_layer)
+        finally:
+            self._team.end()
+
+    def _forward(
+        self, inputs: StepInputs, kv: Sequence[Tensor], after_layer: Callable[[int], None] | None
+    ) -> StepOutput:
+        x = self.embedding.embed(inputs.token_ids).float()
+        cosines, sines = self._rotary.angles(inputs.positions)
+        step, memory = _step(inputs, cosines, sines), self._memory(len(x) * self.layers[0].scratch)
+        y = x if self._group.world == 1 else torch.zeros_like(x)
+        for index, (layer, cache) in enumerate(zip(self.layers, self._caches_of(kv), strict=True)):
+            self._team.attend(layer.native, step, cache, (x, memory, y))
+            self._add(x, y)
+            self._team.think(layer.native, (x, memory, y))
+            self._add(x, y)
+            if after_layer is not None:
+                after_layer(index)
+        return StepOutput(self._logits(x[inputs.rows]), all_finite(x, inputs.meta.query_start))
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        """x += the sum of all ranks' y; alone, the kernels have done it."""
+        if y is not x:
+            x += self._group.all_reduce(y)
+            y.zero_()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(R, hidden) -> (R, vocab) on rank 0, as VocabMatrix.logits."""
+        normed = torch.empty_like(hidden)
+        self._team.normalize(hidden, self._norm, self._eps, normed)
+        logits = hidden.new_empty(len(hidden), self._head.outputs)
+        self._team.product(self._head, normed, logits)
+        parts = self._group.gather(logits)
+        return torch.cat(parts, dim=-1)[:, : self._vocab_size] if len(parts) > 1 else parts[0]
+
+    def _memory(self, floats: int) -> Tensor:
+        if len(self._scratch) < floats:
+            self._scratch = torch.empty(floats)
+        return self._scratch
+
+    def _caches_of(self, kv: Sequence[Tensor]) -> list[native.Cache]:
+        """Described once: it is the same cache in every step but the one that measures memory."""
+        if self._caches[0] != id(kv):
+            self._caches = id(kv), [native.Cache.of(layer) for layer in kv]
+        return self._caches[1]
+
+
+def supports(model: Transformer) -> bool:
+    """Whether the kernels can compute it."""
+    attention = model.layers[0].attention
+    return attention.heads // attention.kv_heads <= native.MAX_GROUP
+
+
+def interleaved(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """gate | up -> one panel of gate, one of up, …; the last panels are filled up with zeros."""
+
+    def mixed(rows: Tensor) -> Tensor:
+        parts = rows.view(2, len(rows) // 2, -1)
+        parts = F.pad(parts, (0, 0, 0, -parts.shape[1] % PANEL))
+        return parts.view(2, -1, PANEL, parts.shape[2]).transpose(0, 1).reshape(-1, parts.shape[2])
+
+    return mixed(weight), None if bias is None else mixed(bias[:, None]).flatten()
+
+
+def _whole_panels(down: Tensor) -> Tensor:
+    """Inputs for what `interleaved` filled up."""
+    return F.pad(down, (0, -down.shape[1] % PANEL))
+
+
+def _once(layer: layers.RowLinear) -> Tensor | None:
+    """Rank 0 adds the bias, the others do not."""
+    return layer.bias if layer.group.rank == 0 else None
+
+
+def _step(inputs: StepInputs, cosines: Tensor, sines: Tensor) -> native.Step:
+    """Addresses only: the tensors must outlive it. `cosines` and `sines` (T, 1, head_dim / 2)."""
+    meta = inputs.meta
+    tensors = (
+        meta.query_start, meta.context_lens, meta.block_tables, meta.slot_blocks, meta.slot_offsets, cosines, sines,
+    )  # fmt: skip
+    assert all(tensor.is_contiguous() for tensor in tensors), "the kernels read whole arrays"
+    sizes = len(inputs.token_ids), len(meta.query_lens), meta.block_tables.shape[1]
+    return native.Step(*sizes, *(tensor.data_ptr() for tensor in tensors))
