@@ -18,6 +18,7 @@ from tandem.common.worker_info import Load
 from tandem.common.worker_loop import Inbox, Sink
 from tandem.decode_worker.handoff import Handoffs
 from tandem.decode_worker.limits import DecodeLimits
+from tandem.decode_worker.pace import Pace
 from tandem.decode_worker.reservation import Reservation
 from tandem.decode_worker.scheduler import DecodeScheduler
 from tandem.engine.allocation import blocks_for, publish
@@ -57,6 +58,7 @@ class DecodeWorker:
         self._legs: dict[int, RunningLeg] = {}
         self._by_sequence: dict[Sequence, RunningLeg] = {}
         self._bulkhead = Bulkhead()
+        self._pace = Pace(engine.prompts_elsewhere)
         self._backlog = Backlog(limits.max_num_queued_reqs, limits.max_num_queued_tokens)
 
     # ------------------------------------------------------------------ the loop
@@ -65,11 +67,16 @@ class DecodeWorker:
         """One token of every decoding sequence, and prompt chunks in what remains of the token budget."""
         self._expire()
         self.handoffs.tick()
+        if rest := self._pace.rest(time.monotonic()):
+            self.inbox.run_pending(rest)
+            return True
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return False
+        began = time.monotonic()
         self._mark_started([item.sequence for item in scheduled])
         results = self._bulkhead.run(self._engine.forward, scheduled)
+        self._pace.stepped(began, time.monotonic())
         failpoint("decode.stepped")
         failed = {result.sequence for result in results if result.error}
         self.scheduler.advance([item for item in scheduled if item.sequence not in failed])

@@ -94,6 +94,15 @@ class Engine:
         self._rank.group.check()
         return results
 
+    def post_prompts(self, count: int) -> None:
+        """A prefill worker says how many prompts it has, to whoever shares this machine's cores with it."""
+        if self._rank.cores is not None:
+            self._rank.cores.post_prompts(count)
+
+    def prompts_elsewhere(self) -> int:
+        """How many prompts wait for, or are computed on, cores that this worker shares with prefill workers."""
+        return self._rank.cores.prompts_elsewhere() if self._rank.cores is not None else 0
+
     def describe(self) -> dict[str, object]:
         """What was loaded and chosen, and why; for people."""
         return {

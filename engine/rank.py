@@ -10,12 +10,15 @@ import torch
 from tandem.common.errors import ConfigError
 from tandem.engine.attention import create_attention
 from tandem.engine.attention.base import AttentionBackend
+from tandem.engine.attention.native import NativeAttention
 from tandem.engine.batch import Batch
 from tandem.engine.group import Group
 from tandem.engine.host_memory import keep_freed_memory
+from tandem.engine.kernels.cores import CoreTable
 from tandem.engine.kv_cache import PagedKVCache, local_layout
 from tandem.engine.loader import Progress, fill_random, load_weights
 from tandem.engine.models.layers import Placement
+from tandem.engine.models.packed import PackedTransformer
 from tandem.engine.models.transformer import Model, Transformer
 from tandem.engine.plan import Plan
 from tandem.engine.runner import ModelRunner, pack
@@ -33,6 +36,7 @@ class Rank:
     runner: ModelRunner
     attention: AttentionBackend
     why: str  # this attention backend
+    cores: CoreTable | None  # through which this machine's workers share its cores; None: these are this worker's alone
 
     @classmethod
     def load(cls, plan: Plan, group: Group, on_progress: Progress | None = None) -> Rank:
@@ -43,10 +47,12 @@ class Rank:
         else:
             keep_freed_memory()
         attention, why = create_attention(plan.config.attention_backend, device)
-        model = _prepared(_load_model(plan, group, device, on_progress), attention, group)
+        model, cores = _load_model(plan, group, device, on_progress), None
+        if isinstance(attention, NativeAttention):
+            model, cores = PackedTransformer(model, attention.team, group), attention.cores
         num_blocks = group.minimum(_num_blocks(plan, group, model, attention))
         cache = PagedKVCache(plan.layout, num_blocks, device, group.rank, group.world)
-        return cls(group, cache, ModelRunner(model, cache, attention), attention, why)
+        return cls(group, cache, ModelRunner(model, cache, attention), attention, why, cores)
 
 
 def _load_model(plan: Plan, group: Group, device: torch.device, on_progress: Progress | None) -> Transformer:
@@ -60,17 +66,6 @@ def _load_model(plan: Plan, group: Group, device: torch.device, on_progress: Pro
     else:
         load_weights(plan.checkpoint, model.slots(), on_progress)
     return model
-
-
-def _prepared(model: Transformer, attention: AttentionBackend, group: Group) -> Model:
-    """In the form that the chosen backend computes."""
-    if attention.name != "native":
-        return model
-    from tandem.engine.attention.native import NativeAttention
-    from tandem.engine.models.packed import PackedTransformer
-
-    assert isinstance(attention, NativeAttention)
-    return PackedTransformer(model, attention.team, group)
 
 
 def _num_blocks(plan: Plan, group: Group, model: Model, attention: AttentionBackend) -> int:

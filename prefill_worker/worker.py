@@ -34,6 +34,7 @@ from tandem.prefill_worker.transfer import Phase, Transfer
 log = logging.getLogger("tandem.prefill")
 
 _WAITING = (Phase.QUEUED, Phase.ASKED, Phase.GRANTED)
+_UNFINISHED = (*_WAITING, Phase.COMPUTING)
 CLOSE_TIMEOUT = 5.0  # seconds for a link's thread to let go of what it sends
 
 Connect = Callable[[str, str, Callable[[Message], None], Callable[[str], None]], PushLink]
@@ -90,6 +91,7 @@ class PrefillWorker:
             for result in results:
                 self._first_tokens(result)
         self._push()
+        self._engine.post_prompts(sum(t.phase in _UNFINISHED for t in self._transfers.values()))
         return bool(scheduled)
 
     def _forward(self, scheduled: list[Scheduled]) -> list[Sampled]:

@@ -88,6 +88,13 @@ class FakeEngine:
         self.not_finite: set[str] = set()  # request ids whose computed values are not
         self.steps: list[list[tuple[str, int]]] = []  # (request id, tokens) of each step
         self.closed = False
+        self.prompts = 0  # that a prefill worker posted
+
+    def post_prompts(self, count: int) -> None:
+        self.prompts = count
+
+    def prompts_elsewhere(self) -> int:
+        return 0
 
     def forward(
         self, scheduled: list[Scheduled], on_layers: Callable[[int, int], None] | None = None, layer_group: int = 1

@@ -21,7 +21,8 @@ class NativeAttention:
     def __init__(self) -> None:
         """The team has a thread for each core this process may use, and owns as many of them as PyTorch was given."""
         own, threads = torch.get_num_threads(), len(os.sched_getaffinity(0))
-        self.team = native.Team(max(own, threads), cores.table(own) if own < threads else None)
+        self.cores = cores.table(own) if own < threads else None
+        self.team = native.Team(max(own, threads), self.cores)
 
     def write(self, kv: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
         kv[meta.slot_blocks, 0, :, meta.slot_offsets] = key

@@ -1,6 +1,6 @@
 """A table in shared memory through which the workers of one machine lend each other the cores they do not use.
 
-    one line of 64 bytes a worker      when it last began a task | how many cores are its own        (cpu/team.h)
+    a line of 64 bytes a worker      when it last began a task | cores of its own | prompts it has      (cpu/team.h)
 
 A line belongs to whoever holds a lock on its first byte. The system releases that with its holder, and a line whose
 holder is gone says nothing any more, because its time grows old: there is nothing to tidy up after a crash.
@@ -14,9 +14,14 @@ import functools
 import mmap
 import os
 import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
+
 LINE, LINES = 64, 64  # bytes of a line; workers of one user on one machine
+FIELDS = np.dtype({"names": ["seen", "cores", "prompts"], "formats": ["<i8", "<i4", "<i4"], "itemsize": LINE})
+BUSY = 5_000_000  # nanoseconds since its last task after which a worker is at rest, as in team.h
 
 
 class CoreTable:
@@ -25,8 +30,19 @@ class CoreTable:
     def __init__(self, descriptor: int, mine: int, own: int) -> None:
         self._descriptor = descriptor  # closing it would release the lock
         self._memory = mmap.mmap(descriptor, LINE * LINES)
+        self._table = np.frombuffer(self._memory, FIELDS)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.lines, self.mine, self.own = LINES, mine, own
+
+    def post_prompts(self, count: int) -> None:
+        """Tell the others how many prompts this worker computes or has waiting."""
+        self._table["prompts"][self.mine] = count
+
+    def prompts_elsewhere(self) -> int:
+        """What the others that are busy now have told."""
+        busy = time.monotonic_ns() - self._table["seen"] < BUSY
+        busy[self.mine] = False
+        return int(self._table["prompts"][busy].sum())
 
     @classmethod
     def join(cls, own: int, path: Path) -> CoreTable | None:

@@ -7,17 +7,14 @@ using namespace tandem;
 
 extern "C" {
 
-int tandem_line_bytes() { return sizeof(Line); }
-
 Team* tandem_team(int threads, int cores, int niceness, void* table, int lines, int mine) {
     Line* all = (Line*)table;
-    if (all) all[mine].seen.store(0), all[mine].cores.store(cores);
+    if (all) all[mine].seen.store(0), all[mine].cores.store(cores), all[mine].prompts.store(0);
     return new Team(threads, niceness, all, lines, mine);
 }
 void tandem_disband(Team* team) { delete team; }
 void tandem_begin(Team* team) { team->begin(); }
 void tandem_end(Team* team) { team->end(); }
-int tandem_welcome(Team* team) { return team->welcome(); }
 
 // y (rows, outputs) = x (rows, inputs) · Wᵀ, all float; `then` as in matmul.h.
 void tandem_product(Team* team, const Matrix* matrix, const float* x, int64_t rows, int32_t then, float* y) {

@@ -25,12 +25,13 @@
 
 namespace tandem {
 
-constexpr int64_t BUSY = 3'000'000;  // nanoseconds; longer than any task
+constexpr int64_t BUSY = 5'000'000;  // nanoseconds; longer than any task
 constexpr int SPINS = 2000;          // looks at an ending region before its starter sleeps
 
-struct alignas(64) Line {
-    std::atomic<int64_t> seen;   // CLOCK_MONOTONIC, nanoseconds, of the last task; 0: at rest
-    std::atomic<int32_t> cores;  // that this worker owns
+struct alignas(64) Line {        // cores.py has the same
+    std::atomic<int64_t> seen;     // CLOCK_MONOTONIC, nanoseconds, of the last task; 0: at rest
+    std::atomic<int32_t> cores;    // that this worker owns
+    std::atomic<int32_t> prompts;  // that wait for it or are computed by it, if it is a prefill worker
 };
 
 inline int64_t nanoseconds() {
