@@ -73,7 +73,7 @@ proto: $(DEV)
 	$(BIN)/python scripts/proto.py
 
 bench: $(DEV)
-	$(BIN)/python benchmarks/compare.py $(ARGS)
+	$(BIN)/tandem bench $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -2,19 +2,19 @@
 
     python benchmarks/memory.py --url http://127.0.0.1:8000 --requests 2000 --router-pid PID
 
-Sends the requests in parts, each by serve_load.py's closed loop, and prints a row of MiB behind each part.
+Sends the requests in parts, each by the closed loop of `tandem bench`, and prints a row of MiB behind each part.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
-from dataclasses import replace
 
 import httpx
 import psutil
-from serve_load import Load, add_load_flags, load_from, run
+
+from tandem.cluster.bench.options import BenchOptions
+from tandem.cluster.bench.run import Server, find, measure
 
 PARTS = 8
 
@@ -39,25 +39,35 @@ def row(label: str, watched: dict[str, psutil.Process]) -> None:
     print(f"| {' | '.join([label, *sizes])} |", flush=True)
 
 
-def watch(url: str, load: Load, router_pid: int | None) -> None:
-    watched = processes(url, router_pid or router_listening_on(url))
+def watch(server: Server, options: BenchOptions, router_pid: int | None) -> None:
+    watched = processes(server.url, router_pid or router_listening_on(server.url))
     print(f"| requests | {' | '.join(watched)} |\n|{'---|' * (len(watched) + 1)}")
     row("0", watched)
     for part in range(PARTS):
-        piece = replace(load, requests=load.requests // PARTS, seed=load.seed + part)
-        result = asyncio.run(run(url, piece))
-        if result.failed:
-            raise SystemExit(f"{result.failed} requests failed; the first: {result.first_error}")
-        row(str(piece.requests * (part + 1)), watched)
+        parts, _ = measure(server, options, f"{options.seed}/{part}")
+        failures = [answer.failure for answer in parts["all"].answers if answer.failure]
+        if failures:
+            raise SystemExit(f"{len(failures)} requests failed; the first: {failures[0].message}")
+        row(str(len(parts["all"].answers) * (part + 1)), watched)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--router-pid", type=int, help="default: whoever listens on the URL's port")
-    add_load_flags(parser)
-    arguments = parser.parse_args()
-    watch(arguments.url, load_from(arguments), arguments.router_pid)
+    for name, default in {"concurrency": 8, "requests": 32, "input_len": 512, "output_len": 64, "seed": 7}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--api-key")
+    given = parser.parse_args()
+    options = BenchOptions(
+        requests=max(1, given.requests // PARTS),
+        concurrency=given.concurrency,
+        input_len=given.input_len,
+        output_len=given.output_len,
+        seed=given.seed,
+        api_key=given.api_key,
+    )
+    watch(find("server", given.url, options), options, given.router_pid)
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tandem.cluster.bench.options import BenchOptions
 from tandem.cluster.options import RouterOptions, ServeOptions, WorkerOptions, command
 from tandem.common.errors import TandemError
 
@@ -125,6 +126,14 @@ def restart(
     from tandem.cluster.scale import Target, restart
 
     restart(Target(url, ray_address, cluster), timeout)
+
+
+@command(app, BenchOptions)
+def bench(options: BenchOptions) -> None:
+    """Put a load on OpenAI-compatible servers, time it, and compare them."""
+    from tandem.cluster.bench.run import bench
+
+    raise typer.Exit(bench(options))
 
 
 @app.command("fault-proxy")
