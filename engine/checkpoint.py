@@ -30,7 +30,11 @@ WIDTHS = {  # bytes of an element; the sub-byte types of quantized files are not
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that weights may have
+DTYPES = {  # that can be read
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
+FLOATS = ("F32", "F16", "BF16")  # that weights have without a scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,12 @@ class Checkpoint:
     @property
     def files(self) -> list[Path]:
         return sorted({entry.file for entry in self.entries.values()})
+
+    def tensor(self, name: str) -> Tensor:
+        """A view into a memory map of its own, which goes when the view goes."""
+        entry = self.entries[name]
+        with mapped(entry.file) as data:
+            return tensor(data, entry)
 
     def revision(self) -> str:
         """Hex SHA-256 over config.json and, of each shard, name, size, header and both ends of every tensor.

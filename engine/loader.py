@@ -1,7 +1,8 @@
-"""From a checkpoint to weights in place: prove that it fits the model, then copy shard by shard.
+"""From a checkpoint to weights in place: prove that it fits the model, then copy tensor by tensor.
 
 The proof needs headers only and comes before anything is allocated: a broken directory costs no memory and no time.
-A rank of a tensor-parallel group copies its slice out of the memory map and never holds a whole tensor.
+A rank of a tensor-parallel group copies its slice out of the memory map and never holds a whole tensor; of a quantized
+one it holds the codes.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
-from tandem.common.errors import ModelError
-from tandem.engine.checkpoint import DTYPES, Checkpoint, Entry, mapped, tensor
+from tandem.common.errors import ConfigError
+from tandem.engine.checkpoint import DTYPES, FLOATS, Checkpoint, Entry
 from tandem.engine.models.config import ModelConfig
 from tandem.engine.models.layers import Slot
+from tandem.engine.quantization import create_reader
+from tandem.engine.quantization.grouped import GroupedWeight
+from tandem.engine.quantization.reader import Weight
 
 logger = logging.getLogger(__name__)
 
@@ -25,34 +30,43 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 def check_weights(checkpoint: Checkpoint, slots: Iterable[Slot]) -> None:
     """Raise ModelError unless the checkpoint has every tensor, in the right shape and a dtype we load."""
-    where = checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.directory
+    reader = create_reader(checkpoint)
     for slot in slots:
-        entry = checkpoint.entries.get(slot.name)
-        if entry is None:
-            raise ModelError(f"{where}: tensor {slot.name!r} is missing")
-        if entry.shape != slot.shape:
-            found, wanted = list(entry.shape), list(slot.shape)
-            raise ModelError(f"{entry.file}: tensor {slot.name!r} has shape {found}, but config.json implies {wanted}")
-        if entry.dtype not in DTYPES:
-            kinds = ", ".join(DTYPES)
-            raise ModelError(f"{entry.file}: tensor {slot.name!r} has dtype {entry.dtype}; supported: {kinds}")
+        reader.parts(slot.name, slot.shape)
 
 
 def load_weights(checkpoint: Checkpoint, slots: Iterable[Slot], on_progress: Progress | None) -> None:
-    """Fill every slot from the checkpoint, which `check_weights` has passed."""
+    """Fill every slot from the checkpoint, which `check_weights` has passed.
+
+    Raises ModelError for contents that headers cannot show, ConfigError where the ranks' shares cut a group in two.
+    """
     started = time.monotonic()
-    work = sorted(((checkpoint.entries[slot.name], slot) for slot in slots), key=lambda item: item[0].file)
-    total = sum(entry.end - entry.begin for entry, _ in work)
+    reader = create_reader(checkpoint)
+    for what in reader.ignored:
+        logger.info("%s: ignoring the checkpoint's %s", checkpoint.directory, what)
+    work = [(reader.parts(slot.name, slot.shape), slot) for slot in slots]
+    work.sort(key=lambda item: (item[0][0].file, item[0][0].begin))  # as they lie on the disk
+    total = sum(part.end - part.begin for parts, _ in work for part in parts)
     done = 0
-    for file in checkpoint.files:
-        with mapped(file) as data:
-            for entry, slot in (item for item in work if item[0].file == file):
-                source = tensor(data, entry)
-                slot.target.copy_(source.narrow(slot.axis, slot.start, slot.target.shape[slot.axis]))
-                done += entry.end - entry.begin
-                if on_progress is not None:
-                    on_progress(done, total)
+    for parts, slot in work:
+        share = _share(reader.read(slot.name, slot.shape), slot)
+        slot.target.copy_(share.dequantize() if isinstance(share, GroupedWeight) else share)
+        done += sum(part.end - part.begin for part in parts)
+        if on_progress is not None:
+            on_progress(done, total)
     logger.info("Loading weights took %.2f seconds", time.monotonic() - started)
+
+
+def _share(weight: Weight, slot: Slot) -> Weight:
+    """What the slot takes of the whole tensor."""
+    size = slot.target.shape[slot.axis]
+    if isinstance(weight, Tensor):
+        return weight.narrow(slot.axis, slot.start, size)
+    cut = weight.columns if slot.axis else weight.rows
+    try:
+        return cut(slot.start, slot.start + size)
+    except ConfigError as exc:
+        raise ConfigError(f"{slot.name}: {exc.message}") from exc
 
 
 def fill_random(slots: Iterable[Slot], seed: int) -> None:
@@ -78,5 +92,5 @@ def checkpoint_dtype(model: ModelConfig, entries: dict[str, Entry]) -> str:
     if model.dtype is not None:
         return model.dtype
     entry = entries.get("model.embed_tokens.weight")
-    stored = DTYPES.get(entry.dtype) if entry else None
-    return str(stored or torch.float32).removeprefix("torch.")
+    stored = DTYPES[entry.dtype] if entry and entry.dtype in FLOATS else torch.float32
+    return str(stored).removeprefix("torch.")

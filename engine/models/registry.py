@@ -83,8 +83,6 @@ def parse_config(values: Mapping[str, object], path: Path) -> ModelConfig:
     architecture = next((name for name in named if name in FAMILIES), None)
     if architecture is None:
         raise fields.fault(f"architecture {', '.join(named) or 'missing'} is not supported; supported: {supported()}")
-    if fields.has("quantization_config"):
-        raise fields.fault("quantized weights are not supported; use the model's unquantized checkpoint")
     if (act := fields.text("hidden_act", "silu")) != "silu":
         raise fields.fault(f"hidden_act {act!r} is not supported; supported: silu")
     model = FAMILIES[architecture](fields, _common(fields, architecture))
