@@ -22,7 +22,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 I8, I4 = 3, 4
 MAX_GROUP = 96  # query heads of a kv head: the rows of an attention task
 MAX_CODES = 256  # inputs that share a scale
-HELPER_NICENESS = 19
+HELPER_NICENESS = 14  # more than the worker's own thread; prefill's own yields to decode's by less (cluster/plan.py)
 
 
 class Matrix(ctypes.Structure):

@@ -56,8 +56,10 @@ inline void pause() {
 class Team {
   public:
     // `table` may be null: then nothing is lent and every thread is always used.
+    // Helpers yield by `niceness` to the thread that makes the team.
     Team(int threads, int niceness, Line* table, int lines, int mine)
-        : table_(table), lines_(lines), mine_(mine), threads_(threads) {
+        : table_(table), lines_(lines), mine_(mine), threads_(threads), scratch_(threads) {
+        niceness += getpriority(PRIO_PROCESS, 0);
         for (int index = 1; index < threads; index++)
             helpers_.emplace_back([this, index, niceness] { help(index, niceness); });
     }
@@ -111,7 +113,6 @@ class Team {
     }
 
     float* scratch(int thread, size_t floats) {  // this thread's own memory, kept
-        if (scratch_.size() < size_t(threads_)) scratch_.resize(threads_);
         if (scratch_[thread].size() < floats) scratch_[thread].resize(floats);
         return scratch_[thread].data();
     }
