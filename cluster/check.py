@@ -61,7 +61,7 @@ def check(engine: EngineConfig, kv_connector: str, elsewhere: bool) -> Verdict:
     if kv_connector == "inproc":
         raise ConfigError("the KV connector inproc works inside one process; workers need auto or torch")
     if elsewhere:
-        engine = replace(engine, device="cpu", attention_backend="auto")
+        engine = replace(engine, device="cpu", attention_backend="auto", quantization=None, deterministic=False)
     plan = Plan.make(engine)
     choose(kv_connector, plan.device(0))
     if engine.attention_backend != "auto":

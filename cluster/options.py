@@ -30,6 +30,11 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Quantization(StrEnum):
+    int8 = "int8"
+    int4 = "int4"
+
+
 class LoadFormat(StrEnum):
     auto = "auto"
     safetensors = "safetensors"
@@ -123,7 +128,7 @@ class RouterFlags(ModelFlags):
 @dataclass(frozen=True, kw_only=True)
 class EngineFlags:
     dtype: Annotated[
-        Dtype, _flag("Of weights and KV. auto: the checkpoint's own, or float32 on a CPU that only emulates that.")
+        Dtype, _flag("Of weights and KV. auto: the checkpoint's own, or float32 where 16 bits are only emulated.")
     ] = Dtype.auto
     max_model_len: Annotated[int | None, _flag("Longest prompt + output, tokens. Default: the model's own.", min=1)] = (
         None
@@ -140,13 +145,19 @@ class EngineFlags:
     tensor_parallel_size: Annotated[
         int, _flag("Ranks one model is spread over.", "--tensor-parallel-size", "-tp", min=1)
     ] = 1
+    quantization: Annotated[
+        Quantization | None, _flag("Hold the weights in 8 or 4 bits, made at load (CPU).", "--quantization", "-q")
+    ] = None
     load_format: Annotated[LoadFormat, _flag("dummy: random weights, for measuring.")] = LoadFormat.auto
-    attention_backend: Annotated[str, _flag("auto, reference, cpu or triton.")] = "auto"
+    attention_backend: Annotated[str, _flag("auto, native, cpu, reference or triton.")] = "auto"
     kv_connector: Annotated[
         str, _flag("What moves KV from prefill to decode workers: auto, shm, tcp, nixl, cuda_ipc or torch.")
     ] = "auto"
     device: Annotated[Device, _flag("auto: CUDA where there is a GPU.")] = Device.auto
     seed: Annotated[int, _flag("Of dummy weights.", min=0)] = 0
+    deterministic: Annotated[
+        bool, _flag("Start only if no token's bits depend on its batch, chunk or worker.", "--deterministic")
+    ] = False
     enable_prefix_caching: Annotated[
         bool,
         _flag("Reuse the KV of shared prefixes.", "--enable-prefix-caching/--no-enable-prefix-caching"),
@@ -163,10 +174,12 @@ class EngineFlags:
             kv_cache_memory_bytes=self.kv_cache_memory_bytes,
             gpu_memory_utilization=self.gpu_memory_utilization,
             tensor_parallel_size=self.tensor_parallel_size,
+            quantization=self.quantization.value if self.quantization else None,
             load_format=self.load_format.value,
             attention_backend=self.attention_backend,
             device=self.device.value,
             seed=self.seed,
+            deterministic=self.deterministic,
             enable_prefix_caching=self.enable_prefix_caching,
         )
 

@@ -6,6 +6,7 @@ one kind of question, asked with a deadline, is progress bar, health check and d
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -160,6 +161,8 @@ class HostedWorker:
                 log.exception("%s could not start", self._name)
             self._set("failed", error=exc)
             return
+        gc.collect()
+        gc.freeze()  # what was loaded stays: later collections need not walk through it
         with self._lock:
             self._server = server
             late = self._phase != "loading"  # stopped while it loaded

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
+QUANTIZATIONS = {"int8": 8, "int4": 4}  # bits
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
@@ -52,6 +53,8 @@ class Plan:
             check_weights(checkpoint, Transformer(model, place).slots())
         _check_split(model, config.tensor_parallel_size)
         device_type = _device_type(config)
+        _check_quantization(config, device_type)
+        _check_deterministic(config, device_type)
         layout = KVLayout(
             revision=_revision(config, checkpoint),
             dtype=_dtype(config, model, checkpoint, device_type),
@@ -62,6 +65,11 @@ class Plan:
         )
         max_len = _max_model_len(config, model)
         return cls(replace(config, model=str(directory)), model, checkpoint, layout, device_type, max_len)
+
+    @property
+    def bits(self) -> int | None:
+        """Of a weight that is quantized at load."""
+        return QUANTIZATIONS[self.config.quantization] if self.config.quantization else None
 
     def device(self, rank: int) -> torch.device:
         return torch.device("cuda", rank) if self.device_type == "cuda" else torch.device("cpu")
@@ -76,6 +84,31 @@ def _check_flags(config: EngineConfig) -> None:
             raise ConfigError(f"{flag} must be at least 1, not {count}")
     if not 0.0 < config.gpu_memory_utilization <= 1.0:
         raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {config.gpu_memory_utilization}")
+
+
+def _check_quantization(config: EngineConfig, device_type: str) -> None:
+    if config.quantization is None:
+        return
+    if config.quantization not in QUANTIZATIONS:
+        kinds = ", ".join(QUANTIZATIONS)
+        raise ConfigError(f"quantization {config.quantization!r} is unknown; supported: {kinds}")
+    if not _native(config, device_type):
+        raise ConfigError(f"quantization {config.quantization} needs {_NATIVE}; leave it out, or use those")
+
+
+def _check_deterministic(config: EngineConfig, device_type: str) -> None:
+    """The native kernels compute every output in an order of its own (kernels/cpu/simd.h); others promise nothing."""
+    if config.deterministic and not _native(config, device_type):
+        raise ConfigError(f"deterministic needs {_NATIVE}; leave it out, or use those")
+    if config.deterministic and config.tensor_parallel_size > 1:
+        raise ConfigError("deterministic needs tensor_parallel_size 1: sums over ranks have no fixed order")
+
+
+def _native(config: EngineConfig, device_type: str) -> bool:
+    return device_type == "cpu" and config.attention_backend in ("auto", "native") and library() is not None
+
+
+_NATIVE = "the native CPU kernels: device cpu, attention_backend auto or native, and a g++ that compiles them"
 
 
 def _check_split(model: ModelConfig, world: int) -> None:
@@ -98,7 +131,8 @@ def _dtype(config: EngineConfig, model: ModelConfig, checkpoint: Checkpoint, dev
     name = DTYPE_ALIASES.get(config.dtype, config.dtype)
     if name == "auto":
         name = checkpoint_dtype(model, checkpoint.entries)
-        if device_type == "cpu" and name in ("bfloat16", "float16") and not _computes(name, config.attention_backend):
+        widened = _native(config, device_type)  # our own kernels widen 16 bits as they read them
+        if device_type == "cpu" and name in ("bfloat16", "float16") and not (widened or _computes(name)):
             logger.info("dtype float32: this CPU only emulates the checkpoint's %s, about ten times slower", name)
             return "float32"
     if name not in ELEMENT_BYTES:
@@ -106,13 +140,8 @@ def _dtype(config: EngineConfig, model: ModelConfig, checkpoint: Checkpoint, dev
     return name
 
 
-def _computes(dtype: str, backend: str) -> bool:
-    """Whether products of this 16-bit type are fast: by our kernels, which widen it, or by instructions of the CPU.
-
-    PyTorch falls back to slow emulation.
-    """
-    if backend in ("auto", "native") and library() is not None:
-        return True
+def _computes(dtype: str) -> bool:
+    """Whether the CPU has instructions for products of this 16-bit type; torch falls back to slow emulation."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
     cpu = torch.cpu
@@ -124,11 +153,13 @@ def _computes(dtype: str, backend: str) -> bool:
 
 
 def _revision(config: EngineConfig, checkpoint: Checkpoint) -> str:
-    """Random weights depend on the seed, the checkpoint's do not."""
+    """Random weights depend on the seed, the checkpoint's do not. Other weights, quantized ones too, make other KV."""
     revision = checkpoint.revision()
-    if config.load_format != "dummy":
-        return revision
-    return hashlib.sha256(f"{revision}|dummy|{config.seed}".encode()).hexdigest()
+    if config.load_format == "dummy":
+        revision = hashlib.sha256(f"{revision}|dummy|{config.seed}".encode()).hexdigest()
+    if config.quantization:
+        revision = hashlib.sha256(f"{revision}|{config.quantization}".encode()).hexdigest()
+    return revision
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

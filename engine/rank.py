@@ -49,7 +49,7 @@ class Rank:
         attention, why = create_attention(plan.config.attention_backend, device)
         model, cores = _load_model(plan, group, device, on_progress), None
         if isinstance(attention, NativeAttention):
-            model, cores = PackedTransformer(model, attention.team, group), attention.cores
+            model, cores = PackedTransformer(model, attention.team, group, plan.bits), attention.cores
         num_blocks = group.minimum(_num_blocks(plan, group, model, attention))
         cache = PagedKVCache(plan.layout, num_blocks, device, group.rank, group.world)
         return cls(group, cache, ModelRunner(model, cache, attention), attention, why, cores)

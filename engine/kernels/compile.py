@@ -9,6 +9,7 @@ start at once cannot see half of one.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -55,14 +56,21 @@ def _built(compiler: str) -> Path:
         raise OSError(f"{directory} belongs to somebody else, whose code will not be run")
     path = directory / f"{_identity(compiler)}.so"
     if not path.exists():
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory(dir=directory) as workshop:
-            made = Path(workshop) / path.name
-            command = [compiler, *FLAGS, str(SOURCES / MAIN), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
-            os.replace(made, path)
-        logger.info("CPU kernels compiled in %.1f seconds", time.monotonic() - began)
+        with (directory / "lock").open("w") as lock:  # the workers of a cluster start together; one of them compiles
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _compile(compiler, path)
     return path
+
+
+def _compile(compiler: str, path: Path) -> None:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=path.parent) as workshop:
+        made = Path(workshop) / path.name
+        command = [compiler, *FLAGS, str(SOURCES / MAIN), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+        os.replace(made, path)
+    logger.info("CPU kernels compiled in %.1f seconds", time.monotonic() - began)
 
 
 def _identity(compiler: str) -> str:

@@ -175,6 +175,13 @@ class Team:
         rows = len(tensors[0])
         self._call("tandem_think", ctypes.byref(layer), _long(rows), *map(_floats, tensors))
 
+    def layers(
+        self, layers: ctypes.Array[Layer], caches: ctypes.Array[Cache], step: Step, memory: Tensor, x: Tensor
+    ) -> None:
+        """x (T, hidden) through whole layers, in place; as many layers as caches."""
+        count = _long(len(layers))
+        self._call("tandem_layers", layers, caches, count, ctypes.byref(step), _floats(memory), _floats(x))
+
     def __del__(self) -> None:
         if team := getattr(self, "_team", None):
             self._library.tandem_disband(team)

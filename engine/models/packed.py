@@ -8,6 +8,7 @@ attention are float32. So a 16-bit model is computed more precisely than in 16 b
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,6 +21,7 @@ from tandem.engine.kernels import native
 from tandem.engine.kernels.native import PANEL, Packed, Team
 from tandem.engine.models import layers
 from tandem.engine.models.transformer import Layer, StepInputs, StepOutput, Transformer, all_finite
+from tandem.engine.quantization.grouped import quantize
 
 Pack = Callable[[Tensor, Tensor | None], Packed]
 
@@ -51,18 +53,22 @@ class PackedLayer:
 class PackedTransformer:
     """`forward` is Transformer's. Used by one thread at a time."""
 
-    def __init__(self, model: Transformer, team: Team, group: Group, pack: Pack = native.pack) -> None:
-        """Takes the weights out of `model`, which is good for nothing afterwards."""
-        config = model.config
+    def __init__(self, model: Transformer, team: Team, group: Group, bits: int | None = None) -> None:
+        """Takes the weights out of `model`, which is good for nothing afterwards; `bits`: 4 or 8, to quantize them.
+
+        The output projection gets 8 bits also with 4: it makes the logits, and costs little.
+        """
+        config, pack = model.config, packer(bits)
         self._team, self._group, self._hidden, self._eps = team, group, config.hidden_size, config.norm_eps
         self.layers: list[PackedLayer] = []
         while model.layers:
             self.layers.append(PackedLayer(model.layers.pop(0), config.norm_eps, pack))
-        self.embedding, self._tied = model.embedding, config.tied
-        self._head, self._vocab_size = pack(model.head.weight, None), config.vocab_size
+        self.embedding = model.embedding
+        self._head, self._vocab_size = packer(bits and 8)(model.head.weight, None), config.vocab_size
         self._norm, self._rotary = model.norm.weight.float(), model.rotary
         self._rotary.dtype = torch.float32
-        self._caches: tuple[int, list[native.Cache]] = (0, [])
+        self._layers = (native.Layer * config.layers)(*(layer.native for layer in self.layers))
+        self._caches = 0, (native.Cache * 0)()
         self._scratch = torch.empty(0)
 
     def forward(
@@ -85,15 +91,28 @@ class PackedTransformer:
         x = self.embedding.embed(inputs.token_ids).float()
         cosines, sines = self._rotary.angles(inputs.positions)
         step, memory = _step(inputs, cosines, sines), self._memory(len(x) * self.layers[0].scratch)
-        y = x if self._group.world == 1 else torch.zeros_like(x)
-        for index, (layer, cache) in enumerate(zip(self.layers, self._caches_of(kv), strict=True)):
-            self._team.attend(layer.native, step, cache, (x, memory, y))
-            self._add(x, y)
-            self._team.think(layer.native, (x, memory, y))
-            self._add(x, y)
-            if after_layer is not None:
-                after_layer(index)
+        caches = self._caches_of(kv)
+        if self._group.world == 1 and after_layer is None:
+            self._team.layers(self._layers, caches, step, memory, x)
+        else:
+            self._by_layers(x, memory, step, caches, after_layer or (lambda index: None))
         return StepOutput(self._logits(x[inputs.rows]), all_finite(x, inputs.meta.query_start))
+
+    def _by_layers(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        step: native.Step,
+        caches: ctypes.Array[native.Cache],
+        after: Callable[[int], None],
+    ) -> None:
+        y = x if self._group.world == 1 else torch.zeros_like(x)
+        for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
+            self._team.attend(layer, step, cache, (x, memory, y))
+            self._add(x, y)
+            self._team.think(layer, (x, memory, y))
+            self._add(x, y)
+            after(index)
 
     def _add(self, x: Tensor, y: Tensor) -> None:
         """x += the sum of all ranks' y; alone, the kernels have done it."""
@@ -115,17 +134,25 @@ class PackedTransformer:
             self._scratch = torch.empty(floats)
         return self._scratch
 
-    def _caches_of(self, kv: Sequence[Tensor]) -> list[native.Cache]:
+    def _caches_of(self, kv: Sequence[Tensor]) -> ctypes.Array[native.Cache]:
         """Described once: it is the same cache in every step but the one that measures memory."""
         if self._caches[0] != id(kv):
-            self._caches = id(kv), [native.Cache.of(layer) for layer in kv]
+            self._caches = id(kv), (native.Cache * len(kv))(*map(native.Cache.of, kv))
         return self._caches[1]
 
 
-def supports(model: Transformer) -> bool:
-    """Whether the kernels can compute it."""
-    attention = model.layers[0].attention
-    return attention.heads // attention.kv_heads <= native.MAX_GROUP
+def packer(bits: int | None) -> Pack:
+    """What packs a weight and its bias: as it is, or in so many bits."""
+    if bits is None:
+        return native.pack
+
+    def pack(weight: Tensor, bias: Tensor | None) -> Packed:
+        grouped = quantize(weight, bits)
+        if bits == 4:
+            return native.pack_codes(grouped.codes, grouped.scales, grouped.zeros, bits, bias)
+        return native.pack_codes((grouped.codes.short() - 128).char(), grouped.scales, None, bits, bias)
+
+    return pack
 
 
 def interleaved(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -232,6 +232,10 @@ class TestSizes:
             ({"attention_backend": "magic"}, "magic"),
             ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
             ({"tensor_parallel_size": 3}, "does not divide"),
+            ({"quantization": "int2"}, "int8, int4"),
+            ({"quantization": "int4", "attention_backend": "cpu"}, "needs the native CPU kernels"),
+            ({"deterministic": True, "attention_backend": "reference"}, "needs the native CPU kernels"),
+            ({"deterministic": True, "tensor_parallel_size": 2}, "tensor_parallel_size 1"),
             ({"tensor_parallel_size": 4}, "4 does not divide the model's 2 KV heads"),
         ],
     )

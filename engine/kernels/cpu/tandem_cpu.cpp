@@ -34,15 +34,27 @@ void tandem_attention(Team* team, const Heads* heads, const Step* step, const Ca
     if (cache->kind == F16) Attention<F16>{*heads, *step, *cache, query, row, seen, width}.run(*team);
 }
 
-// y (T, hidden) += the attention half of `x`; `memory`: T · (hidden + q, k and v + q) floats.
-void tandem_attend(Team* team, const Layer* layer, const Step* step, const Cache* cache, const float* x, float* memory, float* y) {
+static void attend(Team* team, const Layer* layer, const Step* step, const Cache* cache, const float* x, float* memory, float* y) {
     if (cache->kind == F32) attend<F32>(*team, *layer, *step, *cache, x, memory, y);
     if (cache->kind == BF16) attend<BF16>(*team, *layer, *step, *cache, x, memory, y);
     if (cache->kind == F16) attend<F16>(*team, *layer, *step, *cache, x, memory, y);
 }
 
+// y (T, hidden) += the attention half of `x`; `memory`: T · (hidden + q, k and v + q) floats.
+void tandem_attend(Team* team, const Layer* layer, const Step* step, const Cache* cache, const float* x, float* memory, float* y) {
+    attend(team, layer, step, cache, x, memory, y);
+}
+
 // y (rows, hidden) += the MLP half of `x`; `memory`: rows · (hidden + inner) floats.
 void tandem_think(Team* team, const Layer* layer, int64_t rows, const float* x, float* memory, float* y) {
     think(*team, *layer, rows, x, memory, y);
+}
+
+// x (T, hidden), through `count` whole layers in place.
+void tandem_layers(Team* team, const Layer* layers, const Cache* caches, int64_t count, const Step* step, float* memory, float* x) {
+    for (int64_t index = 0; index < count; index++) {
+        attend(team, layers + index, step, caches + index, x, memory, x);
+        think(*team, layers[index], step->tokens, x, memory, x);
+    }
 }
 }
