@@ -79,11 +79,11 @@ def _write_kernel(
     tl.store(place, first, mask=mask & is_query)
     tl.store(place + half, second, mask=mask & is_query)
     block = tl.load(blocks + token)
-    row = tl.where(is_value, kv_part + (head - heads - kv_heads) * kv_head, (head - heads) * kv_head)
-    place = kv + block * kv_block + tl.load(offsets + token) * kv_token + row + pair
-    stored = mask & (head >= heads) & (block >= 0)
-    tl.store(place, first, mask=stored)
-    tl.store(place + half, second, mask=stored)
+    if block >= 0:
+        row = tl.where(is_value, kv_part + (head - heads - kv_heads) * kv_head, (head - heads) * kv_head)
+        place = kv + block * kv_block + tl.load(offsets + token) * kv_token + row + pair
+        tl.store(place, first, mask=mask & (head >= heads))
+        tl.store(place + half, second, mask=mask & (head >= heads))
 
 
 @triton.jit

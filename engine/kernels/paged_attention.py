@@ -175,7 +175,7 @@ class Sequences:
     context_lens: Tensor  # (S,) int32
     block_tables: Tensor  # (S, max_blocks) int32
     max_query: int
-    max_context: int
+    max_context: int  # may be overstated: a graph has that of the longest it was captured for
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +195,13 @@ def attend_chunks(query: Tensor, kv: Tensor, output: Tensor, where: Sequences, s
     """Rows of `output` (T, heads, head_dim) of the sequences that have several new tokens."""
     shape = _Shape.of(query, kv)
     group = triton.next_power_of_2(shape.group)
-    rows = max(MIN_ROWS, group, 64 if shape.dim <= 128 else 32)
+    rows = max(MIN_ROWS, group, (128 if query.element_size() == 2 else 64) if shape.dim <= 128 else 32)
     sequences = where.context_lens.shape[0]
     _chunk_kernel[(triton.cdiv(where.max_query, rows // group), sequences, kv.shape[2])](
         query, kv, output, where.query_start, where.context_lens, where.block_tables, scale, window,
         query.stride(0), query.stride(1), output.stride(0), output.stride(1), *kv.stride()[:4],
         where.block_tables.stride(0), shape.group, query.shape[2], kv.shape[3],
-        GROUP=group, ROWS=rows, DIM=shape.dim, TILE=shape.tile,
+        GROUP=group, ROWS=rows, DIM=shape.dim, TILE=shape.tile, num_warps=8 if rows > 64 else 4,
     )  # fmt: skip
 
 

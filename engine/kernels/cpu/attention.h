@@ -3,7 +3,7 @@
 //   kv of one layer   (blocks, 2, kv_heads, block_size, head_dim), strided; a block table per sequence
 //   rows              the query heads that share a kv head, of one or more tokens: token 0: head 0 … G-1 | token 1: …
 //
-// A task is one kv head of a sequence for ROWS rows. It walks the context in tiles of TILE positions: keys are widened
+// A task is one kv head of a sequence for MAX_ROWS rows at most. It walks the context in tiles of TILE positions: keys are widened
 // and transposed into panels of 16 positions, values widened, once for all rows; then two products (the ones of
 // matmul.h) with an online softmax in between (FlashAttention-2). Every SPLIT positions the running maximum, sum and
 // values are merged into the total, so a single token's long context can be shared by several threads (flash decoding).
@@ -16,9 +16,9 @@
 
 namespace tandem {
 
-constexpr int TILE = WIDTH;   // positions; the width of matmul.h's tiles
-constexpr int SPLIT = 512;    // positions
-constexpr int ROWS = 96;      // of a task
+constexpr int TILE = 64;        // positions
+constexpr int SPLIT = 512;      // positions
+constexpr int MAX_ROWS = 96;    // of a task
 
 struct Cache {
     void* data;  // of this layer
@@ -39,17 +39,17 @@ struct Heads {
     float scale;
 };
 
-struct Rows {  // of one task
+struct Task {
     int64_t sequence, kv_head;
     int64_t first, tokens;  // of the sequence's new tokens
     int64_t from, to;       // positions of the context
     int64_t slot;           // -1: the whole context; else where this split's partial result goes
 };
 
-struct Partial {  // of up to ROWS rows: maxima, sums (ROWS,), values (ROWS, width)
+struct Partial {  // of some rows: maxima, sums (rows,), values (rows, width)
     float *maxima, *sums, *values;
-    static size_t floats(int width) { return size_t(ROWS) * (2 + width); }
-    Partial(float* memory) : maxima(memory), sums(memory + ROWS), values(memory + 2 * ROWS) {}
+    static size_t floats(int64_t rows, int width) { return size_t(rows) * (2 + width); }
+    Partial(float* memory, int64_t rows) : maxima(memory), sums(memory + rows), values(memory + 2 * rows) {}
     void clear(int64_t rows, int width) {
         std::fill(maxima, maxima + rows, -std::numeric_limits<float>::infinity());
         std::fill(sums, sums + rows, 0.0f);
@@ -75,13 +75,13 @@ template <Kind kind> struct Attention {
 
     typedef typename Stored<kind>::Element Element;
 
-    // scratch: queries (ROWS, width) | keys (width, TILE) in panels | values (TILE, width) | scores (ROWS, TILE) | 2 partials
-    size_t scratch() const { return size_t(ROWS) * (width + TILE) + 2 * TILE * width + 2 * Partial::floats(width); }
+    // queries (MAX_ROWS, width) | keys (TILE, width) in panels | values (TILE, width) | scores (MAX_ROWS, TILE) | 2 partials
+    size_t scratch() const { return size_t(MAX_ROWS) * (width + TILE) + 2 * TILE * width + 2 * Partial::floats(MAX_ROWS, width); }
 
     // Where `count` positions' elements of this head begin; keys, with values `cache.part` behind.
-    void find(const Rows& rows, int64_t position, int64_t count, const Element** found) const {
-        const int32_t* table = step.tables + rows.sequence * step.table_width;
-        const Element* head = (const Element*)cache.data + rows.kv_head * cache.head;
+    void find(const Task& task, int64_t position, int64_t count, const Element** found) const {
+        const int32_t* table = step.tables + task.sequence * step.table_width;
+        const Element* head = (const Element*)cache.data + task.kv_head * cache.head;
         int64_t block = position / cache.block_size, offset = position % cache.block_size;
         for (int64_t index = 0; index < count; index++) {
             found[index] = head + table[block] * cache.block + offset * cache.token;
@@ -97,13 +97,13 @@ template <Kind kind> struct Attention {
 
     // (TILE positions, head_dim) -> keys [TILE / 16][head_dim][16], values [TILE][width]
     // `ahead`: positions behind them that will be asked for next; they are on their way when they are.
-    void widen_tile(const Rows& rows, int64_t position, int64_t count, int64_t ahead, float* keys, float* values) const {
+    void widen_tile(const Task& task, int64_t position, int64_t count, int64_t ahead, float* keys, float* values) const {
         const Element* found[TILE];
         if (ahead > 0) {
-            find(rows, position + count, ahead, found);
+            find(task, position + count, ahead, found);
             for (int64_t index = 0; index < ahead; index++) fetch(found[index]), fetch(found[index] + cache.part);
         }
-        find(rows, position, count, found);
+        find(task, position, count, found);
         int64_t dim = heads.head_dim, whole = dim / LANES * LANES;
         for (int64_t index = 0; index < count; index += LANES) {
             float* panel = keys + index / PANEL * dim * PANEL + index % PANEL;
@@ -124,10 +124,10 @@ template <Kind kind> struct Attention {
     }
 
     // Scores of positions out of a row's sight become -inf; those behind `count` too.
-    void mask(const Rows& rows, int64_t row, int64_t position, int64_t count, float* scores) const {
-        int64_t token = rows.first + row / group();
-        int64_t length = step.query_start[rows.sequence + 1] - step.query_start[rows.sequence];
-        int64_t self = step.context_lens[rows.sequence] - length + token;  // its own position
+    void mask(const Task& task, int64_t row, int64_t position, int64_t count, float* scores) const {
+        int64_t token = task.first + row / group();
+        int64_t length = step.query_start[task.sequence + 1] - step.query_start[task.sequence];
+        int64_t self = step.context_lens[task.sequence] - length + token;  // its own position
         int64_t last = std::min(count, self + 1 - position), first = heads.window ? self - heads.window + 1 - position : 0;
         if (first <= 0 && last >= TILE) return;
         for (int64_t index = 0; index < TILE; index++)
@@ -137,20 +137,22 @@ template <Kind kind> struct Attention {
     int64_t group() const { return heads.heads / heads.kv_heads; }
 
     // One tile: scores, softmax in place, values.
-    void tile_of(const Rows& rows, int64_t count_rows, int64_t position, int64_t to, float* memory, Partial& part) const {
+    void tile_of(const Task& task, int64_t rows, int64_t position, int64_t to, float* memory, Partial& part) const {
         int64_t count = std::min<int64_t>(TILE, to - position), ahead = std::min<int64_t>(TILE, to - position - count);
-        float *queries = memory, *keys = queries + ROWS * width, *values = keys + TILE * width, *scores = values + TILE * width;
-        widen_tile(rows, position, count, ahead, keys, values);
-        std::fill(scores, scores + count_rows * TILE, 0.0f);
-        all_rows(count_rows, queries, width, Panels{keys, int64_t(heads.head_dim) * PANEL, PANEL}, 0, heads.head_dim, scores);
-        for (int64_t row = 0; row < count_rows; row++) {
+        float *queries = memory, *keys = queries + MAX_ROWS * width, *values = keys + TILE * width, *scores = values + TILE * width;
+        widen_tile(task, position, count, ahead, keys, values);
+        int64_t dim = heads.head_dim, panel = dim * PANEL;
+        std::fill(scores, scores + rows * TILE, 0.0f);
+        for (int column = 0; column < count; column += WIDTH)
+            all_rows(rows, {queries, width}, Panels{keys + column * dim, panel, PANEL}, 0, dim, {scores + column, TILE});
+        for (int64_t row = 0; row < rows; row++) {
             float* score = scores + row * TILE;
             for (int column = 0; column < TILE; column += LANES) write(score + column, read<Vec>(score + column) * heads.scale);
-            mask(rows, row, position, count, score);
+            mask(task, row, position, count, score);
             soften(score, part.maxima[row], part.sums[row], part.values + row * width);
         }
         for (int column = 0; column < width; column += WIDTH)
-            values_tile(count_rows, scores, Panels{values + column, PANEL, width}, count, part.values + column);
+            all_rows(rows, {scores, TILE}, Panels{values + column, PANEL, width}, 0, count, {part.values + column, width});
     }
 
     // Online softmax of one row's tile: scores become weights, what was summed before is scaled to the new maximum.
@@ -177,20 +179,6 @@ template <Kind kind> struct Attention {
         maximum = grown;
     }
 
-    // values (rows, width) += weights (rows, TILE) · values of the tile, WIDTH columns of them
-    void values_tile(int64_t rows, const float* weights, const Panels& panels, int64_t count, float* values) const {
-        int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-        for (int64_t index = 0; index < tiles; index++) {
-            int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
-            float sums[TILE_ROWS * WIDTH];
-            for (int64_t row = first; row < last; row++)
-                std::memcpy(sums + (row - first) * WIDTH, values + row * width, WIDTH * sizeof(float));
-            rows_tile(int(last - first), weights + first * TILE, TILE, panels, 0, count, sums);
-            for (int64_t row = first; row < last; row++)
-                std::memcpy(values + row * width, sums + (row - first) * WIDTH, WIDTH * sizeof(float));
-        }
-    }
-
     // total <- total and part, for each row
     void merge(int64_t rows, Partial& total, const Partial& part) const {
         const float nothing = -std::numeric_limits<float>::infinity();
@@ -207,49 +195,49 @@ template <Kind kind> struct Attention {
         }
     }
 
-    void split(const Rows& rows, int64_t count_rows, int64_t from, int64_t to, float* memory, Partial& part) const {
-        part.clear(count_rows, width);
+    void split(const Task& task, int64_t rows, int64_t from, int64_t to, float* memory, Partial& part) const {
+        part.clear(rows, width);
         for (int64_t position = from; position < to; position += TILE)
-            tile_of(rows, count_rows, position, to, memory, part);
+            tile_of(task, rows, position, to, memory, part);
     }
 
-    void gather_queries(const Rows& rows, float* queries) const {
-        for (int64_t row = 0; row < rows.tokens * group(); row++) {
-            int64_t token = step.query_start[rows.sequence] + rows.first + row / group();
-            const float* from = query + token * query_row + (rows.kv_head * group() + row % group()) * heads.head_dim;
+    void gather_queries(const Task& task, float* queries) const {
+        for (int64_t row = 0; row < task.tokens * group(); row++) {
+            int64_t token = step.query_start[task.sequence] + task.first + row / group();
+            const float* from = query + token * query_row + (task.kv_head * group() + row % group()) * heads.head_dim;
             std::memcpy(queries + row * width, from, heads.head_dim * sizeof(float));
         }
     }
 
-    void store(const Rows& rows, const Partial& total) const {
-        for (int64_t row = 0; row < rows.tokens * group(); row++) {
-            int64_t token = step.query_start[rows.sequence] + rows.first + row / group();
-            float* to = output + (token * heads.heads + rows.kv_head * group() + row % group()) * heads.head_dim;
+    void store(const Task& task, const Partial& total) const {
+        for (int64_t row = 0; row < task.tokens * group(); row++) {
+            int64_t token = step.query_start[task.sequence] + task.first + row / group();
+            float* to = output + (token * heads.heads + task.kv_head * group() + row % group()) * heads.head_dim;
             for (int at = 0; at < heads.head_dim; at++) to[at] = total.values[row * width + at] / total.sums[row];
         }
     }
 
-    void task(const Rows& rows, float* memory, float* partials) const {
-        int64_t count_rows = rows.tokens * group();
-        gather_queries(rows, memory);
-        if (rows.slot >= 0) {
-            Partial part(partials + rows.slot * Partial::floats(width));
-            return split(rows, count_rows, rows.from, rows.to, memory, part);
+    void compute(const Task& task, float* memory, float* partials) const {
+        int64_t rows = task.tokens * group();
+        gather_queries(task, memory);
+        if (task.slot >= 0) {
+            Partial part(partials + task.slot * Partial::floats(rows, width), rows);
+            return split(task, rows, task.from, task.to, memory, part);
         }
-        float* rest = memory + ROWS * (width + TILE) + 2 * TILE * width;
-        Partial total(rest), part(rest + Partial::floats(width));
-        total.clear(count_rows, width);
-        for (int64_t from = rows.from; from < rows.to; from = (from / SPLIT + 1) * SPLIT) {
-            split(rows, count_rows, from, std::min((from / SPLIT + 1) * SPLIT, rows.to), memory, part);
-            merge(count_rows, total, part);
+        float* rest = memory + MAX_ROWS * (width + TILE) + 2 * TILE * width;
+        Partial total(rest, rows), part(rest + Partial::floats(rows, width), rows);
+        total.clear(rows, width);
+        for (int64_t from = task.from; from < task.to; from = (from / SPLIT + 1) * SPLIT) {
+            split(task, rows, from, std::min((from / SPLIT + 1) * SPLIT, task.to), memory, part);
+            merge(rows, total, part);
         }
-        store(rows, total);
+        store(task, total);
     }
 
     // The tasks of one sequence and kv head.
-    void plan(int64_t sequence, int64_t kv_head, std::vector<Rows>& tasks, int64_t& slots) const {
+    void plan(int64_t sequence, int64_t kv_head, std::vector<Task>& tasks, int64_t& slots) const {
         int64_t length = step.query_start[sequence + 1] - step.query_start[sequence], context = step.context_lens[sequence];
-        int64_t most = std::max<int64_t>(1, ROWS / group());
+        int64_t most = std::max<int64_t>(1, MAX_ROWS / group());
         for (int64_t first = 0; first < length; first += most) {
             int64_t tokens = std::min(most, length - first), past = context - length + first;
             int64_t from = heads.window ? std::max<int64_t>(0, past - heads.window + 1) / TILE * TILE : 0, to = past + tokens;
@@ -263,32 +251,32 @@ template <Kind kind> struct Attention {
     }
 
     void run(Team& team) const {
-        std::vector<Rows> tasks;
+        std::vector<Task> tasks;
         int64_t slots = 0;
         for (int64_t sequence = 0; sequence < step.sequences; sequence++)
             for (int64_t kv_head = 0; kv_head < heads.kv_heads; kv_head++) plan(sequence, kv_head, tasks, slots);
-        std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& a, const Rows& b) {  // the longest first
+        std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {  // the longest first
             return a.tokens * (a.to - a.from) > b.tokens * (b.to - b.from);
         });
-        std::vector<float> partials(slots * Partial::floats(width));
+        std::vector<float> partials(slots * Partial::floats(group(), width));
         team.run(tasks.size(), [&](int64_t index, int thread) {
-            task(tasks[index], team.scratch(thread, scratch()), partials.data());
+            compute(tasks[index], team.scratch(thread, scratch()), partials.data());
         });
         if (slots) combine(tasks, partials.data());
     }
 
     // The partial results of single tokens, in the order of their positions.
-    void combine(std::vector<Rows>& tasks, float* partials) const {
-        std::vector<float> memory(Partial::floats(width));
-        Partial total(memory.data());
-        std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& a, const Rows& b) { return a.slot < b.slot; });
+    void combine(std::vector<Task>& tasks, float* partials) const {
+        std::vector<float> memory(Partial::floats(group(), width));
+        Partial total(memory.data(), group());
+        std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.slot < b.slot; });
         for (size_t index = 0; index < tasks.size(); index++) {
-            const Rows& rows = tasks[index];
-            if (rows.slot < 0) continue;
-            bool begins = rows.slot == 0 || tasks[index - 1].sequence != rows.sequence || tasks[index - 1].kv_head != rows.kv_head;
+            const Task& task = tasks[index];
+            if (task.slot < 0) continue;
+            bool begins = task.slot == 0 || tasks[index - 1].sequence != task.sequence || tasks[index - 1].kv_head != task.kv_head;
             if (begins) total.clear(group(), width);
-            merge(group(), total, Partial(partials + rows.slot * Partial::floats(width)));
-            if (rows.to == step.context_lens[rows.sequence]) store(rows, total);
+            merge(group(), total, Partial(partials + task.slot * Partial::floats(group(), width), group()));
+            if (task.to == step.context_lens[task.sequence]) store(task, total);
         }
     }
 };

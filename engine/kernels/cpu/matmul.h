@@ -73,20 +73,29 @@ struct Widened {  // [panel][input of the stretch][16]
     }
 };
 
+struct Rows {  // of activations
+    const float* data;
+    int64_t row;  // stride
+};
+struct Sums {  // WIDTH or more columns
+    float* data;
+    int64_t row;
+};
+
 // sums (ROWS, PANELS panels) += x (ROWS, count) · weights [from, from + count)
 template <int ROWS, int PANELS, class W>
-inline void tile(const float* x, int64_t x_row, const W& weights, int first_panel, int64_t from, int64_t count, float* sums) {
+inline void tile(const Rows& x, const W& weights, int first_panel, int64_t from, int64_t count, const Sums& sums) {
     Vec total[ROWS][PANELS][VECS];
     for (int row = 0; row < ROWS; row++)
         for (int panel = 0; panel < PANELS; panel++)
             for (int vec = 0; vec < VECS; vec++)
-                total[row][panel][vec] = read<Vec>(sums + row * WIDTH + panel * PANEL + vec * LANES);
+                total[row][panel][vec] = read<Vec>(sums.data + row * sums.row + panel * PANEL + vec * LANES);
     for (int64_t input = 0; input < count; input++) {
         Vec weight[PANELS][VECS];
         for (int panel = 0; panel < PANELS; panel++)
             for (int vec = 0; vec < VECS; vec++) weight[panel][vec] = weights.load(from + input, first_panel + panel, vec);
         for (int row = 0; row < ROWS; row++) {
-            Vec activation = broadcast(x[row * x_row + input]);
+            Vec activation = broadcast(x.data[row * x.row + input]);
             for (int panel = 0; panel < PANELS; panel++)
                 for (int vec = 0; vec < VECS; vec++) total[row][panel][vec] += activation * weight[panel][vec];
         }
@@ -94,24 +103,24 @@ inline void tile(const float* x, int64_t x_row, const W& weights, int first_pane
     for (int row = 0; row < ROWS; row++)
         for (int panel = 0; panel < PANELS; panel++)
             for (int vec = 0; vec < VECS; vec++)
-                write(sums + row * WIDTH + panel * PANEL + vec * LANES, total[row][panel][vec]);
+                write(sums.data + row * sums.row + panel * PANEL + vec * LANES, total[row][panel][vec]);
 }
 
 // The panels of the group together if their sums fit into registers, else one after the other.
 template <int ROWS, class W>
-inline void group_tile(const float* x, int64_t x_row, const W& weights, int64_t from, int64_t count, float* sums) {
+inline void group_tile(const Rows& x, const W& weights, int64_t from, int64_t count, const Sums& sums) {
     if constexpr (ROWS * GROUP * VECS <= SUMS) {
-        tile<ROWS, GROUP>(x, x_row, weights, 0, from, count, sums);
+        tile<ROWS, GROUP>(x, weights, 0, from, count, sums);
     } else {
         for (int panel = 0; panel < GROUP; panel++)
-            tile<ROWS, 1>(x, x_row, weights, panel, from, count, sums + panel * PANEL);
+            tile<ROWS, 1>(x, weights, panel, from, count, Sums{sums.data + panel * PANEL, sums.row});
     }
 }
 
 template <class W>
-inline void rows_tile(int rows, const float* x, int64_t x_row, const W& weights, int64_t from, int64_t count, float* sums) {
+inline void rows_tile(int rows, const Rows& x, const W& weights, int64_t from, int64_t count, const Sums& sums) {
     switch (rows) {
-#define TANDEM_ROWS(n) case n: return group_tile<n>(x, x_row, weights, from, count, sums);
+#define TANDEM_ROWS(n) case n: return group_tile<n>(x, weights, from, count, sums);
         TANDEM_ROWS(1) TANDEM_ROWS(2) TANDEM_ROWS(3) TANDEM_ROWS(4) TANDEM_ROWS(5) TANDEM_ROWS(6)
 #if defined(__AVX512F__) || !defined(__AVX__)
         TANDEM_ROWS(7) TANDEM_ROWS(8) TANDEM_ROWS(9) TANDEM_ROWS(10) TANDEM_ROWS(11) TANDEM_ROWS(12)
@@ -120,13 +129,13 @@ inline void rows_tile(int rows, const float* x, int64_t x_row, const W& weights,
     }
 }
 
-// All rows of a block, in tiles of nearly equal height.
+// All rows, in tiles of nearly equal height.
 template <class W>
-inline void all_rows(int64_t rows, const float* x, int64_t x_row, const W& weights, int64_t from, int64_t count, float* sums) {
+inline void all_rows(int64_t rows, const Rows& x, const W& weights, int64_t from, int64_t count, const Sums& sums) {
     int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     for (int64_t index = 0; index < tiles; index++) {
         int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
-        rows_tile(int(last - first), x + first * x_row, x_row, weights, from, count, sums + first * WIDTH);
+        rows_tile(int(last - first), {x.data + first * x.row, x.row}, weights, from, count, {sums.data + first * sums.row, sums.row});
     }
 }
 
@@ -134,12 +143,13 @@ inline void all_rows(int64_t rows, const float* x, int64_t x_row, const W& weigh
 template <class W>
 inline void stretch(const Matrix& m, const W& weights, const float* x, int64_t rows, int64_t from, int64_t count, float* sums,
                     float* widened) {
-    if (rows <= FEW_ROWS) return all_rows(rows, x + from, m.inputs, weights, from, count, sums);
+    Rows activations{x + from, m.inputs};
+    if (rows <= FEW_ROWS) return all_rows(rows, activations, weights, from, count, {sums, WIDTH});
     for (int panel = 0; panel < GROUP; panel++)
         for (int64_t input = 0; input < count; input++)
             for (int vec = 0; vec < VECS; vec++)
                 write(widened + (panel * STRETCH + input) * PANEL + vec * LANES, weights.load(from + input, panel, vec));
-    all_rows(rows, x + from, m.inputs, Widened{widened}, 0, count, sums);
+    all_rows(rows, activations, Widened{widened}, 0, count, {sums, WIDTH});
 }
 
 // sums (WIDTH,) += codes · scales + zeros · sum(x)
