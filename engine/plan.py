@@ -15,7 +15,7 @@ from tandem.common.model_dir import resolve_model
 from tandem.engine.checkpoint import Checkpoint
 from tandem.engine.config import EngineConfig
 from tandem.engine.group import Group
-from tandem.engine.kernels.compile import library
+from tandem.engine.kernels.native import available
 from tandem.engine.loader import check_weights, checkpoint_dtype
 from tandem.engine.models.config import ModelConfig
 from tandem.engine.models.layers import Placement
@@ -105,7 +105,7 @@ def _check_deterministic(config: EngineConfig, device_type: str) -> None:
 
 
 def _native(config: EngineConfig, device_type: str) -> bool:
-    return device_type == "cpu" and config.attention_backend in ("auto", "native") and library() is not None
+    return device_type == "cpu" and config.attention_backend in ("auto", "native") and available()
 
 
 _NATIVE = "the native CPU kernels: device cpu, attention_backend auto or native, and a g++ that compiles them"

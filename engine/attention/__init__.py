@@ -31,9 +31,9 @@ def _cpu(device: torch.device) -> AttentionBackend:
 def _native(device: torch.device) -> AttentionBackend:
     if device.type != "cpu":
         raise ConfigError(_refusal("native", f"its kernels run on the CPU, but the model is on {device}"))
-    from tandem.engine.kernels.compile import library
+    from tandem.engine.kernels.native import available
 
-    if library() is None:
+    if not available():
         raise ConfigError(_refusal("native", "its kernels could not be compiled (is g++ installed?)"))
     from tandem.engine.attention.native import NativeAttention
 
@@ -74,9 +74,9 @@ def create_attention(name: str, device: torch.device) -> tuple[AttentionBackend,
 
 def _automatic(device: torch.device) -> tuple[str, str]:
     if device.type == "cpu":
-        from tandem.engine.kernels.compile import library
+        from tandem.engine.kernels.native import available
 
-        if library() is None:
+        if not available():
             return "cpu", "the model is on the CPU, without a compiler for the native kernels"
         return "native", "the model is on the CPU"
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:

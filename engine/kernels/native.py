@@ -6,6 +6,8 @@ Every function takes contiguous float32 tensors on the host and is given their a
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +18,14 @@ from torch import Tensor
 from tandem.engine.kernels.compile import library
 from tandem.engine.kernels.cores import CoreTable
 
+logger = logging.getLogger(__name__)
+
 PANEL, WIDTH = 16, 32  # matmul.h: outputs of a panel, of a task
 STORE, ADD, GATE = 0, 1, 2  # matmul.h: what becomes of a product
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 I8, I4 = 3, 4
 MAX_GROUP = 96  # query heads of a kv head: the rows of an attention task
+TOLERANCE = 0.02  # of the check at first use; activations rounded to bfloat16 are off by 0.004
 MAX_CODES = 256  # inputs that share a scale
 HELPER_NICENESS = 14  # more than the worker's own thread; prefill's own yields to decode's by less (cluster/plan.py)
 
@@ -83,10 +88,15 @@ class Packed:
 
 
 def pack(weight: Tensor, bias: Tensor | None = None) -> Packed:
-    """`weight` (outputs, inputs), float32, bfloat16 or float16 -> panels [outputs / 16][inputs][16], padded with 0."""
+    """`weight` (outputs, inputs), float32, bfloat16 or float16 -> panels [outputs / 16][inputs][16], padded with 0.
+
+    bfloat16 becomes [outputs / 16][inputs / 2][16][2] where the processor has products of such pairs (dot.h).
+    """
     outputs, inputs = weight.shape
-    panels = _padded(weight).view(-1, PANEL, inputs).transpose(1, 2).contiguous()
-    return _packed((outputs, inputs), KINDS[weight.dtype], (panels,), bias)
+    panels = _padded(weight).view(-1, PANEL, inputs).transpose(1, 2)
+    if weight.dtype == torch.bfloat16 and _library().tandem_pairs():
+        panels = F.pad(panels, (0, 0, 0, inputs % 2)).unflatten(1, (-1, 2)).transpose(2, 3)
+    return _packed((outputs, inputs), KINDS[weight.dtype], (panels.contiguous(),), bias)
 
 
 def pack_codes(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, bias: Tensor | None = None) -> Packed:
@@ -130,8 +140,7 @@ class Team:
 
     def __init__(self, threads: int, table: CoreTable | None = None) -> None:
         """`threads` at most; with a `table`, those of its cores that no other worker uses (team.h)."""
-        found = library()
-        assert found is not None, "asked for kernels that cannot be had: see available()"
+        found = _library()
         self._library, self._table, self.threads = found, table, threads
         own, address, lines, mine = (table.own, table.address, table.lines, table.mine) if table else (0, None, 0, 0)
         found.tandem_team.restype = ctypes.c_void_p
@@ -190,8 +199,40 @@ class Team:
         getattr(self._library, name)(self._team, *arguments)
 
 
+@functools.cache
 def available() -> bool:
-    return library() is not None
+    """Whether the kernels are there and compute what PyTorch does; if not, one warning has said why.
+
+    They are compiled for processors that nobody may have tried them on.
+    """
+    if library() is None:
+        return False
+    worst = max(_error(dtype, rows) for dtype in KINDS for rows in (1, 3, 40))
+    if worst < TOLERANCE:
+        return True
+    logger.warning(
+        "Tandem's CPU kernels compute wrongly on this processor (off by %.2g); PyTorch is used instead", worst
+    )
+    return False
+
+
+def _error(dtype: torch.dtype, rows: int) -> float:
+    """The largest error of a product, relative to the size of its results."""
+    generator = torch.Generator().manual_seed(rows)
+    weight, x = (torch.randn(count, 72, generator=generator) for count in (50, rows))
+    packed, y = pack(weight.to(dtype)), torch.empty(rows, 50)
+    team = Team(1)
+    team.begin()
+    team.product(packed, x, y)
+    team.end()
+    wanted = x @ weight.to(dtype).float().t()
+    return float((y - wanted).abs().max() / wanted.abs().max())
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "asked for kernels that cannot be had: see available()"
+    return found
 
 
 def _floats(tensor: Tensor) -> ctypes.c_void_p:

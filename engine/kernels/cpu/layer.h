@@ -27,14 +27,6 @@ inline void normalize(const float* x, const float* weight, int64_t size, float e
     for (; at < size; at++) y[at] = x[at] * scale * weight[at];
 }
 
-constexpr int64_t ROWS_OF_A_TASK = 16;  // of work that is done row by row
-
-template <class F> inline void each_row(Team& team, int64_t rows, F&& work) {  // work(row)
-    team.run((rows + ROWS_OF_A_TASK - 1) / ROWS_OF_A_TASK, [&](int64_t task, int) {
-        for (int64_t row = task * ROWS_OF_A_TASK; row < std::min(rows, (task + 1) * ROWS_OF_A_TASK); row++) work(row);
-    });
-}
-
 // Each pair (i, i + dim / 2) of a head turned by its angle, in place.
 inline void rotate(float* head, int64_t dim, const float* cosines, const float* sines) {
     int64_t half = dim / 2, at = 0;

@@ -6,6 +6,8 @@
 // A task computes GROUP panels for a block of rows. Few rows: the weights go from memory straight into the products,
 // widened to floats in registers. Many rows: a stretch of the panels is widened once into the cache, then reused.
 //
+// dot.h has another way for bfloat16 where the processor does.
+//
 // Invariant: an output is one chain of fused multiply-adds over the inputs in rising order, however many rows there
 // are and whichever way is taken. So a row's result does not depend on the batch it is in.
 #pragma once
@@ -208,23 +210,38 @@ inline void finish(const Matrix& m, int64_t group, Then then, const float* sums,
     std::memcpy(y + first, done, count * sizeof(float));
 }
 
+// work(group, first row, rows, sums) for each group of panels and block of rows; `sums` has scratch memory behind it.
+template <class F> inline void each_block(Team& team, const Matrix& m, int64_t rows, F&& work) {
+    int64_t groups = (m.outputs + WIDTH - 1) / WIDTH, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    team.run(groups * blocks, [&](int64_t task, int thread) {
+        int64_t index = task % blocks, first = rows * index / blocks, last = rows * (index + 1) / blocks;
+        work(task / blocks, first, last - first, team.scratch(thread, 2 * BLOCK_ROWS * WIDTH + GROUP * STRETCH * PANEL));
+    });
+}
+
+constexpr int64_t ROWS_OF_A_TASK = 16;  // of work that is done row by row
+
+template <class F> inline void each_row(Team& team, int64_t rows, F&& work) {  // work(row)
+    team.run((rows + ROWS_OF_A_TASK - 1) / ROWS_OF_A_TASK, [&](int64_t task, int) {
+        for (int64_t row = task * ROWS_OF_A_TASK; row < std::min(rows, (task + 1) * ROWS_OF_A_TASK); row++) work(row);
+    });
+}
+
 template <Kind kind>
 inline void product(Team& team, const Matrix& m, const float* x, int64_t rows, Then then, float* y) {
-    int64_t groups = (m.outputs + WIDTH - 1) / WIDTH, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     int64_t y_row = then == GATE ? m.outputs / 2 : m.outputs;
-    team.run(groups * blocks, [&](int64_t task, int thread) {
-        int64_t group = task / blocks, index = task % blocks;
-        int64_t first = rows * index / blocks, count = rows * (index + 1) / blocks - first;
-        float* sums = team.scratch(thread, 2 * BLOCK_ROWS * WIDTH + GROUP * STRETCH * PANEL);
+    each_block(team, m, rows, [&](int64_t group, int64_t first, int64_t count, float* sums) {
         block<kind>(m, group, x + first * m.inputs, count, sums, sums + BLOCK_ROWS * WIDTH);
         for (int64_t row = 0; row < count; row++) finish(m, group, then, sums + row * WIDTH, y + (first + row) * y_row);
     });
 }
 
+void dot_product(Team& team, const Matrix& m, const float* x, int64_t rows, Then then, float* y);  // dot.h
+
 inline void product(Team& team, const Matrix& m, const float* x, int64_t rows, Then then, float* y) {
     switch (m.kind) {
         case F32: return product<F32>(team, m, x, rows, then, y);
-        case BF16: return product<BF16>(team, m, x, rows, then, y);
+        case BF16: return HAS_DOT ? dot_product(team, m, x, rows, then, y) : product<BF16>(team, m, x, rows, then, y);
         case F16: return product<F16>(team, m, x, rows, then, y);
         case I8: return product<I8>(team, m, x, rows, then, y);
         case I4: return product<I4>(team, m, x, rows, then, y);

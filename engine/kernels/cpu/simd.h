@@ -114,6 +114,23 @@ inline Vec load_f16(const uint16_t* from) {
 #endif
 }
 
+// Pairs of bfloat16 in 32 bits, the first in the low half: the operands of a two-element dot product. Where the
+// processor has one, bfloat16 weights are packed in pairs and meet activations rounded to bfloat16. Tests of that path
+// on other processors define TANDEM_DOT.
+#if defined(__AVX512BF16__) || defined(TANDEM_DOT)
+constexpr bool HAS_DOT = true;
+#else
+constexpr bool HAS_DOT = false;
+#endif
+inline Vec dot(Vec sum, Ints x, Ints weight) {
+#if defined(__AVX512BF16__)
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
+#else
+    const Ints high = Ints{} + int32_t(0xffff0000);
+    return sum + (Vec)(x << 16) * (Vec)(weight << 16) + (Vec)(x & high) * (Vec)(weight & high);
+#endif
+}
+
 // Loads LANES elements of a storage type as floats; exact.
 template <Kind kind> struct Stored;
 template <> struct Stored<F32> {

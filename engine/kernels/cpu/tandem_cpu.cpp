@@ -1,6 +1,7 @@
 // The C interface of the CPU kernels; engine/kernels/native.py has the same declarations for ctypes. Nothing throws
 // into the caller but std::bad_alloc, which ends the process: the engine has no use for half a step.
 
+#include "dot.h"
 #include "layer.h"
 
 using namespace tandem;
@@ -12,6 +13,7 @@ Team* tandem_team(int threads, int cores, int niceness, void* table, int lines, 
     if (all) all[mine].seen.store(0), all[mine].cores.store(cores), all[mine].prompts.store(0);
     return new Team(threads, niceness, all, lines, mine);
 }
+int tandem_pairs() { return HAS_DOT; }  // whether bfloat16 weights are packed in pairs: dot.h
 void tandem_disband(Team* team) { delete team; }
 void tandem_begin(Team* team) { team->begin(); }
 void tandem_end(Team* team) { team->end(); }
