@@ -17,11 +17,13 @@ from tandem.common.errors import ConfigError
 _OBJECT_STORE_BYTES = 80 << 20
 
 _AUTH_MODE = "RAY_AUTH_MODE"
+_NICENESS = "RAY_worker_niceness"  # Ray's 15 would leave a worker's own threads no room below it, and all else above
 _OTHER_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # despite its name: "0" makes Ray listen on 127.0.0.1 only
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     _AUTH_MODE: "token",  # Ray's default for new clusters, said outright to spare its warning
     "RAY_DEDUP_LOGS": "0",
+    _NICENESS: "0",
 }
 
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import psutil
+
 from tandem.common import log as logs
 from tandem.common.errors import ConfigError
 
@@ -88,6 +90,8 @@ class HostedWorker:
         self._progress = (0, 0)
         self._error: BaseException | None = None
         self._ended = threading.Event()
+        # now, while it lives: later another process or thread may have its number
+        self._keeper = psutil.Process(options.keeper) if options.keeper else None
         threading.Thread(target=self._live, name="host", daemon=True).start()
 
     def __repr__(self) -> str:
@@ -150,7 +154,7 @@ class HostedWorker:
         """Loads, then stays: processes the server started die with the thread that started them (PDEATHSIG)."""
         self._load()
         while not self._ended.wait(KEEPER_INTERVAL):
-            if self._options.keeper and not _runs(self._options.keeper):
+            if self._keeper is not None and not self._keeper.is_running():
                 os._exit(1)
 
     def _load(self) -> None:
@@ -218,13 +222,3 @@ class HostedWorker:
 
 def _describe(error: BaseException) -> str:
     return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True

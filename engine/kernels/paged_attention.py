@@ -164,7 +164,7 @@ def _combine_kernel(
             values = values * decay + run * weight
             maximum = grown
         place = output + start.to(tl.int64) * output_token + head * output_head + dim
-        tl.store(place, values / total, mask=mask)
+        tl.store(place, values / tl.where(total == 0.0, 1.0, total), mask=mask)  # 0 without a context
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
 // Threads that share one worker's products, and lend their cores to the machine's other workers.
 //
-//   run(tasks, f)   f(task) for each of 0 … tasks - 1, by this thread and by as many helpers as are free to come
+//   run(tasks, f)   f(task, thread) for each of 0 … tasks - 1, by this thread and by as many helpers as may come
 //
 // Invariant: helpers are welcome, never needed. Tasks are handed out one at a time, so a helper that the system runs
-// late costs at most the task it holds. Between steps helpers sleep; inside one they spin, for the next product is
-// microseconds away.
+// late delays a product by the one task it holds; and if another worker has taken its core meanwhile, the starter
+// fetches the helper to its own core and lets it finish there. Between steps helpers sleep; inside one they spin, for
+// the next product is microseconds away.
 //
 // Lending. All workers of a machine share a table with a line for each: how many cores are its own, and when it last
 // began a task. A worker may use every core that no other worker, seen busy within the last BUSY, owns. A worker
@@ -19,6 +20,7 @@
 #include <thread>
 #include <vector>
 
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -26,7 +28,7 @@
 namespace tandem {
 
 constexpr int64_t BUSY = 5'000'000;  // nanoseconds; longer than any task
-constexpr int SPINS = 2000;          // looks at an ending region before its starter sleeps
+constexpr int SPINS = 2000;            // looks at a helper before it counts as held up; some 50 microseconds
 
 struct alignas(64) Line {        // cores.py has the same
     std::atomic<int64_t> seen;     // CLOCK_MONOTONIC, nanoseconds, of the last task; 0: at rest
@@ -55,13 +57,14 @@ inline void pause() {
 
 class Team {
   public:
-    // `table` may be null: then nothing is lent and every thread is always used.
-    // Helpers yield by `niceness` to the thread that makes the team.
+    // `table` may be null: then nothing is lent and every thread is always used. Helpers yield by `niceness` to the
+    // thread that makes the team.
     Team(int threads, int niceness, Line* table, int lines, int mine)
-        : table_(table), lines_(lines), mine_(mine), threads_(threads), scratch_(threads) {
+        : table_(table), lines_(lines), mine_(mine), threads_(threads), scratch_(threads), helpers_(threads) {
         niceness += getpriority(PRIO_PROCESS, 0);
+        sched_getaffinity(0, sizeof anywhere_, &anywhere_);
         for (int index = 1; index < threads; index++)
-            helpers_.emplace_back([this, index, niceness] { help(index, niceness); });
+            helpers_[index].thread = std::thread([this, index, niceness] { help(index, niceness); });
     }
     ~Team() {
         {
@@ -69,9 +72,9 @@ class Team {
             ending_ = true;
         }
         wake_.notify_all();
-        for (std::thread& helper : helpers_) helper.join();
+        for (Helper& helper : helpers_)
+            if (helper.thread.joinable()) helper.thread.join();
     }
-    int threads() const { return threads_; }
 
     void begin() { stepping_.store(true); }
     void end() {
@@ -87,29 +90,25 @@ class Team {
         for (int line = 0; line < lines_; line++)
             if (line != mine_ && now - table_[line].seen.load(std::memory_order_relaxed) < BUSY)
                 taken += table_[line].cores.load(std::memory_order_relaxed);
-        int own = table_[mine_].cores.load(std::memory_order_relaxed);
-        return std::max(own, threads_ - taken);
+        return std::max(table_[mine_].cores.load(std::memory_order_relaxed), threads_ - taken);
     }
 
-    template <class F> void run(int64_t tasks, F&& work) {  // work(task, thread)
+    template <class F> void run(int64_t tasks, F&& work) {
         stamp();
-        int want = tasks > 1 ? welcome() : 1;
-        if (want < 2) {
+        int want = welcome();
+        wanted_.store(want);
+        if (want < 2 || tasks < 2) {
             for (int64_t task = 0; task < tasks; task++, stamp()) work(task, 0);
             return;
         }
         job_ = [&work](int64_t task, int thread) { work(task, thread); };
         tasks_ = tasks;
         next_.store(0);
-        wanted_.store(want);
-        if (asleep_.load() > threads_ - want) {
-            std::lock_guard<std::mutex> lock(mutex_);
-            wake_.notify_all();
-        }
+        call(want);
         open_.store(true);
         take_part(0);
         open_.store(false);
-        for (int spins = 0; active_.load() != 0; spins++) spins < SPINS ? pause() : rest();
+        for (int index = 1; index < threads_; index++) await(helpers_[index]);
     }
 
     float* scratch(int thread, size_t floats) {  // this thread's own memory, kept
@@ -118,6 +117,13 @@ class Team {
     }
 
   private:
+    struct Helper {
+        std::thread thread;
+        std::atomic<int> id{0};           // of the thread, to the system
+        std::atomic<bool> inside{false};  // it may be at a task
+        bool fetched = false;             // to the starter's core
+    };
+
     void stamp() {
         if (table_) table_[mine_].seen.store(nanoseconds(), std::memory_order_relaxed);
     }
@@ -127,16 +133,45 @@ class Team {
             job_(task, thread);
         }
     }
+    // Helpers that were fetched may go where they like again; those asleep are woken.
+    void call(int want) {
+        for (int index = 1; index < want; index++) {
+            Helper& helper = helpers_[index];
+            if (helper.fetched) sched_setaffinity(helper.id, sizeof anywhere_, &anywhere_);
+            helper.fetched = false;
+        }
+        if (asleep_.load() > threads_ - want) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            wake_.notify_all();
+        }
+    }
+    void await(Helper& helper) {
+        for (int spins = 0; helper.inside.load(); spins++) {
+            if (spins < SPINS) {
+                pause();
+                continue;
+            }
+            if (!helper.fetched) {
+                cpu_set_t here;
+                CPU_ZERO(&here);
+                CPU_SET(sched_getcpu(), &here);
+                helper.fetched = sched_setaffinity(helper.id, sizeof here, &here) == 0;
+            }
+            rest();
+        }
+    }
     void help(int index, int niceness) {
-        setpriority(PRIO_PROCESS, syscall(SYS_gettid), niceness);
+        Helper& self = helpers_[index];
+        self.id = int(syscall(SYS_gettid));
+        setpriority(PRIO_PROCESS, self.id, niceness);
         while (!ending_) {
             if (!stepping_.load() || index >= wanted_.load()) {
                 sleep(index);
                 continue;
             }
-            active_.fetch_add(1);  // sequentially consistent, with open_: either we see it shut, or run() waits for us
+            self.inside.store(true);  // sequentially consistent, with open_: we see it shut, or run() waits for us
             if (open_.load()) take_part(index);
-            active_.fetch_sub(1);
+            self.inside.store(false);
             pause();
         }
     }
@@ -149,16 +184,16 @@ class Team {
 
     Line* table_;
     int lines_, mine_, threads_;
+    cpu_set_t anywhere_;
     std::function<void(int64_t, int)> job_;
     int64_t tasks_ = 0;
     std::atomic<int64_t> next_{0};
-    std::atomic<int> wanted_{0}, active_{0}, asleep_{0};
-    std::atomic<bool> open_{false}, stepping_{false};
-    bool ending_ = false;
+    std::atomic<int> wanted_{0}, asleep_{0};
+    std::atomic<bool> open_{false}, stepping_{false}, ending_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
     std::vector<std::vector<float>> scratch_;
-    std::vector<std::thread> helpers_;
+    std::vector<Helper> helpers_;
 };
 
 }  // namespace tandem
