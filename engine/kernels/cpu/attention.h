@@ -189,7 +189,7 @@ template <Kind kind> struct Attention {
             total.sums[row] = total.sums[row] * old + part.sums[row] * fresh;
             for (int column = 0; column < width; column += LANES) {
                 float *mine = total.values + row * width + column, *its = part.values + row * width + column;
-                write(mine, read<Vec>(mine) * old + read<Vec>(its) * fresh);
+                write(mine, fused(read<Vec>(its), broadcast(fresh), read<Vec>(mine) * old));
             }
             total.maxima[row] = most;
         }

@@ -19,7 +19,7 @@ struct Layer {
 inline void normalize(const float* x, const float* weight, int64_t size, float eps, float* y) {
     Vec squares = Vec{};
     int64_t at = 0;
-    for (; at + LANES <= size; at += LANES) squares += read<Vec>(x + at) * read<Vec>(x + at);
+    for (; at + LANES <= size; at += LANES) squares = fused(read<Vec>(x + at), read<Vec>(x + at), squares);
     float total = sum(squares);
     for (; at < size; at++) total += x[at] * x[at];
     float scale = 1.0f / std::sqrt(total / float(size) + eps);

@@ -99,7 +99,7 @@ inline void tile(const Rows& x, const W& weights, int first_panel, int64_t from,
         for (int row = 0; row < ROWS; row++) {
             Vec activation = broadcast(x.data[row * x.row + input]);
             for (int panel = 0; panel < PANELS; panel++)
-                for (int vec = 0; vec < VECS; vec++) total[row][panel][vec] += activation * weight[panel][vec];
+                for (int vec = 0; vec < VECS; vec++) total[row][panel][vec] = fused(activation, weight[panel][vec], total[row][panel][vec]);
         }
     }
     for (int row = 0; row < ROWS; row++)
@@ -163,8 +163,8 @@ inline void rescale(const Matrix& m, int64_t group, int64_t index, const float* 
     float all = sum(total);
     for (; input < count; input++) all += x[input];
     for (int column = 0; column < WIDTH; column += LANES) {
-        Vec value = read<Vec>(sums + column) + read<Vec>(codes + column) * read<Vec>(m.scales + first + column);
-        write(sums + column, value + read<Vec>(m.zeros + first + column) * all);
+        Vec value = fused(read<Vec>(codes + column), read<Vec>(m.scales + first + column), read<Vec>(sums + column));
+        write(sums + column, fused(read<Vec>(m.zeros + first + column), broadcast(all), value));
     }
 }
 

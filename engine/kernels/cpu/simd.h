@@ -15,6 +15,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace tandem {
@@ -42,6 +44,20 @@ template <class T> inline T read(const void* from) {
     return value;
 }
 template <class T> inline void write(void* to, T value) { std::memcpy(to, &value, sizeof value); }
+
+// a · b + sum in one rounding. Said outright, and never left to the compiler (-ffp-contract=off), which may decide
+// differently in two copies of one function.
+inline Vec fused(Vec a, Vec b, Vec sum) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+    return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#elif defined(__ARM_NEON)
+    return (Vec)vfmaq_f32((float32x4_t)sum, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + sum;
+#endif
+}
 
 inline Vec broadcast(float value) { return value - Vec{}; }
 inline Vec select(Ints mask, Vec yes, Vec no) { return (Vec)(((Ints)yes & mask) | ((Ints)no & ~mask)); }
@@ -127,7 +143,7 @@ inline Vec dot(Vec sum, Ints x, Ints weight) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
 #else
     const Ints high = Ints{} + int32_t(0xffff0000);
-    return sum + (Vec)(x << 16) * (Vec)(weight << 16) + (Vec)(x & high) * (Vec)(weight & high);
+    return fused((Vec)(x & high), (Vec)(weight & high), fused((Vec)(x << 16), (Vec)(weight << 16), sum));
 #endif
 }
 
@@ -156,17 +172,14 @@ template <> struct Stored<F16> {
 inline Vec exponential(Vec x) {
     const Vec low = broadcast(-87.3f), high = broadcast(88.0f);
     Vec bounded = select(x < low, low, select(x > high, high, x));
-    Vec turns = bounded * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: its low bits are the rounded quotient
-    Ints exponent = ((Ints)turns - 0x4b400000) << 23;
+    Vec turns = fused(bounded, broadcast(1.44269504f), broadcast(12582912.0f));  // 1.5 · 2^23: its low bits are the
+    Ints exponent = ((Ints)turns - 0x4b400000) << 23;                              // rounded quotient
     turns -= 12582912.0f;
-    Vec r = bounded - turns * 0.693359375f + turns * 2.12194440e-4f;
+    Vec r = fused(turns, broadcast(2.12194440e-4f), fused(turns, broadcast(-0.693359375f), bounded));
     Vec p = broadcast(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    for (float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = fused(p, r, broadcast(coefficient));
+    p = fused(p * r, r, r) + 1.0f;
     return select(x < low, Vec{}, (Vec)((Ints)p + exponent));
 }
 
