@@ -36,6 +36,8 @@ class NativeAttention:
         step = native.Step(tokens, len(meta.query_lens), meta.block_tables.shape[1], *addresses, None, None)
         shape = native.Heads(heads, kv.shape[2], head_dim, 0, window or 0, scale)
         self.team.begin()
-        self.team.attention(shape, step, native.Cache.of(kv), rows, seen)
-        self.team.end()
+        try:
+            self.team.attention(shape, step, native.Cache.of(kv), rows, seen)
+        finally:
+            self.team.end()
         return seen.to(query.dtype)

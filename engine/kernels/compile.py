@@ -38,7 +38,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError) as exc:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as exc:  # Runtime: a user without a home
         reason = getattr(exc, "stderr", "") or str(exc)
         logger.warning("Tandem's CPU kernels cannot be built, PyTorch computes instead, slower: %.500s", reason)
         return None

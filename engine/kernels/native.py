@@ -158,6 +158,7 @@ class Team:
 
     def product(self, weight: Packed, x: Tensor, y: Tensor, then: int = STORE) -> None:
         """y (rows, outputs) = or += x (rows, inputs) · weightᵀ + bias; with GATE, y (rows, outputs / 2)."""
+        assert then != GATE or weight.outputs % WIDTH == 0, f"{weight.outputs} outputs are no pairs of panels"
         columns = weight.outputs // 2 if then == GATE else weight.outputs
         assert x.shape == (len(y), weight.matrix.inputs) and y.shape[1] == columns, f"{x.shape} to {y.shape}"
         self._call("tandem_product", ctypes.byref(weight.matrix), _floats(x), _long(len(x)), _int(then), _floats(y))

@@ -68,7 +68,7 @@ class PackedTransformer:
         self._norm, self._rotary = model.norm.weight.float(), model.rotary
         self._rotary.dtype = torch.float32
         self._layers = (native.Layer * config.layers)(*(layer.native for layer in self.layers))
-        self._caches = 0, (native.Cache * 0)()
+        self._caches: tuple[Sequence[Tensor], ctypes.Array[native.Cache]] = (), (native.Cache * 0)()
         self._scratch = torch.empty(0)
 
     def forward(
@@ -136,8 +136,8 @@ class PackedTransformer:
 
     def _caches_of(self, kv: Sequence[Tensor]) -> ctypes.Array[native.Cache]:
         """Described once: it is the same cache in every step but the one that measures memory."""
-        if self._caches[0] != id(kv):
-            self._caches = id(kv), (native.Cache * len(kv))(*map(native.Cache.of, kv))
+        if self._caches[0] is not kv:
+            self._caches = kv, (native.Cache * len(kv))(*map(native.Cache.of, kv))
         return self._caches[1]
 
 
