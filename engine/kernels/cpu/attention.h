@@ -83,43 +83,67 @@ template <Kind kind> struct Attention {
         const int32_t* table = step.tables + task.sequence * step.table_width;
         const Element* head = (const Element*)cache.data + task.kv_head * cache.head;
         int64_t block = position / cache.block_size, offset = position % cache.block_size;
-        for (int64_t index = 0; index < count; index++) {
-            found[index] = head + table[block] * cache.block + offset * cache.token;
-            if (++offset == cache.block_size) block++, offset = 0;
+        int64_t size = cache.block_size, token = cache.token, stride = cache.block;
+        for (int64_t index = 0; index < count; block++, offset = 0) {
+            const Element* element = head + table[block] * stride + offset * token;
+            for (; offset < size && index < count; offset++, element += token) found[index++] = element;
         }
         for (int64_t index = count; index < TILE; index++) found[index] = found[count - 1];  // masked later
     }
 
-    void fetch(const Element* head) const {
-        constexpr int line = 64 / sizeof(Element);
-        for (int64_t at = 0; at < heads.head_dim; at += line) __builtin_prefetch(head + at);
+    // Of the positions behind, which will be asked for next; they are on their way when they are.
+    void fetch(const Task& task, int64_t position, int64_t count) const {
+        const Element* found[TILE];
+        find(task, position, count, found);
+        int64_t part = cache.part, dim = heads.head_dim;
+        for (int64_t index = 0; index < count; index++)
+            for (int64_t at = 0; at < dim; at += 64 / sizeof(Element)) {
+                __builtin_prefetch(found[index] + at);
+                __builtin_prefetch(found[index] + part + at);
+            }
     }
 
-    // (TILE positions, head_dim) -> keys [TILE / 16][head_dim][16], values [TILE][width]
-    // `ahead`: positions behind them that will be asked for next; they are on their way when they are.
-    void widen_tile(const Task& task, int64_t position, int64_t count, int64_t ahead, float* keys, float* values) const {
-        const Element* found[TILE];
-        if (ahead > 0) {
-            find(task, position + count, ahead, found);
-            for (int64_t index = 0; index < ahead; index++) fetch(found[index]), fetch(found[index] + cache.part);
-        }
-        find(task, position, count, found);
+    // (TILE positions, head_dim) -> [TILE / 16][head_dim][16]
+    void widen_keys(const Element* const* found, int64_t count, float* keys) const {
         int64_t dim = heads.head_dim, whole = dim / LANES * LANES;
         for (int64_t index = 0; index < count; index += LANES) {
             float* panel = keys + index / PANEL * dim * PANEL + index % PANEL;
-            for (int64_t at = 0; at < whole; at += LANES) {
+            int64_t at = kind == BF16 ? widen_pairs(found + index, whole, panel) : 0;
+            for (; at < whole; at += LANES) {
                 Vec block[LANES];
                 for (int lane = 0; lane < LANES; lane++) block[lane] = Stored<kind>::load(found[index + lane] + at);
                 transpose(block);
                 for (int lane = 0; lane < LANES; lane++) write(panel + (at + lane) * PANEL, block[lane]);
             }
             for (int lane = 0; lane < LANES; lane++)
-                for (int64_t at = whole; at < dim; at++) panel[at * PANEL + lane] = Stored<kind>::one(found[index + lane][at]);
+                for (int64_t rest = at; rest < dim; rest++) panel[rest * PANEL + lane] = Stored<kind>::one(found[index + lane][rest]);
         }
-        for (int64_t index = 0; index < count; index++) {
-            const Element* value = found[index] + cache.part;
-            for (int64_t at = 0; at < whole; at += LANES) write(values + index * width + at, Stored<kind>::load(value + at));
-            for (int64_t at = whole; at < dim; at++) values[index * width + at] = Stored<kind>::one(value[at]);
+    }
+
+    // The same two elements at a time: transposed as 32 bits, taken apart behind that. How many elements it did.
+    static int64_t widen_pairs(const Element* const* found, int64_t whole, float* panel) {
+        const Ints high = Ints{} + int32_t(0xffff0000);
+        int64_t at = 0;
+        for (; at + 2 * LANES <= whole; at += 2 * LANES) {
+            Vec block[LANES];
+            for (int lane = 0; lane < LANES; lane++) block[lane] = read<Vec>(found[lane] + at);
+            transpose(block);
+            float* column = panel + at * PANEL;
+            for (int lane = 0; lane < LANES; lane++) {
+                write(column + 2 * lane * PANEL, (Vec)((Ints)block[lane] << 16));
+                write(column + (2 * lane + 1) * PANEL, (Vec)((Ints)block[lane] & high));
+            }
+        }
+        return at;
+    }
+
+    // (count positions, head_dim) -> [TILE][width]
+    void widen_values(const Element* const* found, int64_t count, float* values) const {
+        int64_t dim = heads.head_dim, whole = dim / LANES * LANES, part = cache.part, row = width;
+        for (int64_t index = 0; index < count; index++, values += row) {
+            const Element* value = found[index] + part;
+            for (int64_t at = 0; at < whole; at += LANES) write(values + at, Stored<kind>::load(value + at));
+            for (int64_t at = whole; at < dim; at++) values[at] = Stored<kind>::one(value[at]);
         }
     }
 
@@ -138,10 +162,12 @@ template <Kind kind> struct Attention {
 
     // One tile: scores, softmax in place, values.
     void tile_of(const Task& task, int64_t rows, int64_t position, int64_t to, float* memory, Partial& part) const {
-        int64_t count = std::min<int64_t>(TILE, to - position), ahead = std::min<int64_t>(TILE, to - position - count);
+        int64_t count = std::min<int64_t>(TILE, to - position), dim = heads.head_dim, panel = dim * PANEL;
         float *queries = memory, *keys = queries + MAX_ROWS * width, *values = keys + TILE * width, *scores = values + TILE * width;
-        widen_tile(task, position, count, ahead, keys, values);
-        int64_t dim = heads.head_dim, panel = dim * PANEL;
+        const Element* found[TILE];
+        find(task, position, count, found);
+        widen_keys(found, count, keys);
+        if (position + count < to) fetch(task, position + count, std::min<int64_t>(TILE, to - position - count));
         std::fill(scores, scores + rows * TILE, 0.0f);
         for (int column = 0; column < count; column += WIDTH)
             all_rows(rows, {queries, width}, Panels{keys + column * dim, panel, PANEL}, 0, dim, {scores + column, TILE});
@@ -151,9 +177,23 @@ template <Kind kind> struct Attention {
             mask(task, row, position, count, score);
             soften(score, part.maxima[row], part.sums[row], part.values + row * width);
         }
+        if (rows <= TILE_ROWS && dim % WIDTH == 0) {  // each value is used once: it is not worth widening apart
+            for (int column = 0; column < width; column += WIDTH)
+                all_rows(rows, {scores, TILE}, Values{found, cache.part + column}, 0, count, {part.values + column, width});
+            return;
+        }
+        widen_values(found, count, values);
         for (int column = 0; column < width; column += WIDTH)
             all_rows(rows, {scores, TILE}, Panels{values + column, PANEL, width}, 0, count, {part.values + column, width});
     }
+
+    struct Values {  // straight from the cache
+        const Element* const* found;
+        int64_t from;
+        Vec load(int64_t index, int which, int vec) const {
+            return Stored<kind>::load(found[index] + from + which * PANEL + vec * LANES);
+        }
+    };
 
     // Online softmax of one row's tile: scores become weights, what was summed before is scaled to the new maximum.
     void soften(float* score, float& maximum, float& total, float* values) const {

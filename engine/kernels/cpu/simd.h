@@ -85,10 +85,28 @@ template <int distance = LANES / 2> inline float largest(Vec v) {
 }
 // LANES vectors, in place: at each distance, blocks of that size above and below the diagonal change places.
 template <int distance = 1> inline void transpose(Vec (&rows)[LANES]) {
+#if defined(__AVX__) && !defined(__AVX512F__)  // as three rounds of single instructions
+    Vec pairs[8], fours[8];
+    for (int row = 0; row < 8; row += 2) {
+        pairs[row] = (Vec)_mm256_unpacklo_ps((__m256)rows[row], (__m256)rows[row + 1]);
+        pairs[row + 1] = (Vec)_mm256_unpackhi_ps((__m256)rows[row], (__m256)rows[row + 1]);
+    }
+    for (int row = 0; row < 8; row += 4)
+        for (int half = 0; half < 2; half++) {
+            __m256 upper = (__m256)pairs[row + half], lower = (__m256)pairs[row + 2 + half];
+            fours[row + 2 * half] = (Vec)_mm256_shuffle_ps(upper, lower, 0x44);
+            fours[row + 2 * half + 1] = (Vec)_mm256_shuffle_ps(upper, lower, 0xee);
+        }
+    for (int row = 0; row < 4; row++) {
+        rows[row] = (Vec)_mm256_permute2f128_ps((__m256)fours[row], (__m256)fours[row + 4], 0x20);
+        rows[row + 4] = (Vec)_mm256_permute2f128_ps((__m256)fours[row], (__m256)fours[row + 4], 0x31);
+    }
+#else
 #pragma GCC unroll 16
     for (int row = 0; row < LANES; row++)
         if (!(row & distance)) exchange<distance>(rows[row], rows[row + distance], Lanes());
     if constexpr (distance < LANES / 2) transpose<2 * distance>(rows);
+#endif
 }
 
 inline float bf16_to_float(uint16_t bits) { return read<float>(&(const uint32_t&)(uint32_t(bits) << 16)); }
