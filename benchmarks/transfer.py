@@ -54,10 +54,10 @@ from tandem.kv_transfer.payload import Payload
 from tandem.kv_transfer.push import Piece, PushLink
 from tandem.kv_transfer.registry import CONNECTORS, preferred
 
-CPU = torch.device("cpu")
 TIMEOUT = 60.0  # seconds for anything to answer
 SHAPES = {
     "smollm2-135m": KVLayout("benchmark", "float32", 16, layers=30, kv_heads=3, head_dim=64),  # 737,280 bytes a block
+    "llama-3.1-8b": KVLayout("benchmark", "bfloat16", 16, layers=32, kv_heads=8, head_dim=128),  # 2 MiB a block
     "small": KVLayout("benchmark", "float32", 16, layers=4, kv_heads=2, head_dim=64),  # 65,536 bytes a block
 }
 
@@ -122,7 +122,7 @@ class SocketChannel:
 
 
 def context_of(channel: SocketChannel, cache: PagedKVCache) -> Context:
-    return Context(channel, cache.layout, CPU, memory=cache.memory, fd=cache.fd)
+    return Context(channel, cache.layout, cache.memory.device, memory=cache.memory, fd=cache.fd)
 
 
 def processor_time(pid: int) -> float:
@@ -195,10 +195,10 @@ def serve_raw(connector: str, channel: SocketChannel, cache: PagedKVCache) -> No
             channel.send(Ack(message.transfer_id, 1))
 
 
-def serve(connector: str, shape: str, blocks: int, sockets: list[socket.socket]) -> None:
+def serve(connector: str, layout: KVLayout, blocks: int, device: torch.device, sockets: list[socket.socket]) -> None:
     """D's process, until P's link ends."""
     torch.set_num_threads(1)
-    cache = PagedKVCache(SHAPES[shape], blocks, CPU)
+    cache = PagedKVCache(layout, blocks, device)
     cache.memory.fill_(1)
     ended = threading.Event()
     link_channel, raw_channel = (SocketChannel(sock) for sock in sockets)
@@ -215,14 +215,15 @@ def serve(connector: str, shape: str, blocks: int, sockets: list[socket.socket])
 class Bench:
     """P's end of one connector and one shape of block, and D's process."""
 
-    def __init__(self, connector: str, shape: str, blocks: int) -> None:
-        self._cache = PagedKVCache(SHAPES[shape], blocks, CPU)
+    def __init__(self, connector: str, shape: str, blocks: int, device: torch.device) -> None:
+        self._cache = PagedKVCache(SHAPES[shape], blocks, device)
         self._cache.memory.random_(0, 256)
-        self._plain = np.ones((blocks, SHAPES[shape].block_bytes), dtype=np.uint8)  # touched
+        self._plain = torch.ones_like(self._cache.memory)  # touched
         self._rows = shuffled(blocks, seed=1)
         pairs = [socket.socketpair() for _ in range(2)]
         numbers = [theirs.fileno() for _, theirs in pairs]
-        command = [sys.executable, str(Path(__file__)), "--serve", connector, shape, str(blocks), *map(str, numbers)]
+        command = [sys.executable, str(Path(__file__)), "--device", str(device)]
+        command += ["--serve", connector, shape, str(blocks), *map(str, numbers)]
         self._process = subprocess.Popen(command, pass_fds=numbers)
         for _, theirs in pairs:
             theirs.close()
@@ -242,9 +243,13 @@ class Bench:
 
     def copy(self, blocks: int) -> float:
         """Seconds, as the others."""
-        source, target = self._cache.memory.numpy()[:blocks], self._plain[:blocks]
+        source, target = self._cache.memory[:blocks], self._plain[:blocks]
         started = time.perf_counter()
-        np.copyto(target, source)
+        if source.device.type == "cuda":
+            target.copy_(source)
+            torch.cuda.synchronize()
+        else:
+            np.copyto(target.numpy(), source.numpy())
         return time.perf_counter() - started
 
     def link(self, blocks: int) -> float:
@@ -305,10 +310,10 @@ class Bench:
         return answer
 
 
-def missing(connector: str) -> str:
+def missing(connector: str, device: torch.device) -> str:
     """Why this machine cannot use it, or ''."""
     ours, theirs = socket.socketpair()
-    cache = PagedKVCache(SHAPES["small"], 1, CPU)
+    cache = PagedKVCache(SHAPES["small"], 1, device)
     with ours, theirs, contextlib.closing(cache):
         try:
             CONNECTORS[connector]().domain(context_of(SocketChannel(ours), cache))
@@ -317,10 +322,10 @@ def missing(connector: str) -> str:
     return ""
 
 
-def measure(connector: str, shape: str, sizes: list[int], rounds: int) -> Iterator[Row]:
+def measure(connector: str, shape: str, sizes: list[int], rounds: int, device: torch.device) -> Iterator[Row]:
     """One row for each size, in MiB."""
     blocks_of = {mib: max(1, (mib << 20) // SHAPES[shape].block_bytes) for mib in sizes}
-    bench = Bench(connector, shape, max(blocks_of.values()))
+    bench = Bench(connector, shape, max(blocks_of.values()), device)
     with contextlib.closing(bench):
         bench.round(max(blocks_of.values()))
         for mib, blocks in blocks_of.items():
@@ -363,28 +368,31 @@ def line(row: Row) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [name for name in preferred("cpu") if name != "inproc"]
-    parser.add_argument("--connectors", default=",".join(known), help="default: all that this machine has")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: both processes on the first GPU")
+    parser.add_argument("--connectors", help="default: all that this machine has")
     parser.add_argument("--mib", default="64,256,1024", help="sizes of a hand-off")
     parser.add_argument("--blocks", default=",".join(SHAPES), help="shapes of a block")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--save", type=Path, help="also write the rows there, as JSON")
     parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)  # D's process
     arguments = parser.parse_args()
+    device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device(arguments.device)
     if arguments.serve:
         connector, shape, blocks, *numbers = arguments.serve
-        serve(connector, shape, int(blocks), [socket.socket(fileno=int(number)) for number in numbers])
+        sockets = [socket.socket(fileno=int(number)) for number in numbers]
+        serve(connector, SHAPES[shape], int(blocks), device, sockets)
         return 0
     torch.set_num_threads(1)
     sizes = [int(size) for size in arguments.mib.split(",")]
     rows: list[Row] = []
     print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
-    for connector in arguments.connectors.split(","):
-        if reason := missing(connector):
+    known = ",".join(name for name in preferred(device.type) if name != "inproc")
+    for connector in (arguments.connectors or known).split(","):
+        if reason := missing(connector, device):
             print(f"{connector}: not here: {reason}", file=sys.stderr)
             continue
         for shape in arguments.blocks.split(","):
-            for row in measure(connector, shape, sizes, arguments.rounds):
+            for row in measure(connector, shape, sizes, arguments.rounds, device):
                 rows.append(row)
                 print(line(row), flush=True)
     if arguments.save:

@@ -12,6 +12,7 @@ from tandem.engine.attention import create_attention
 from tandem.engine.attention.base import AttentionBackend
 from tandem.engine.attention.native import NativeAttention
 from tandem.engine.batch import Batch
+from tandem.engine.graphs import Graphs
 from tandem.engine.group import Group
 from tandem.engine.host_memory import keep_freed_memory
 from tandem.engine.kernels.cores import CoreTable
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 CPU_KV_BYTES = 1 << 30
 SAMPLER_BYTES = 256 << 20  # kept free on CUDA devices for what sampling allocates
+GRAPH_BYTES = 1 << 30  # and for what graphs do: launches, and one pool of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,15 @@ class Rank:
             model, cores = PackedTransformer(model, attention.team, group, plan.bits), attention.cores
         num_blocks = group.minimum(_num_blocks(plan, group, model, attention))
         cache = PagedKVCache(plan.layout, num_blocks, device, group.rank, group.world)
-        return cls(group, cache, ModelRunner(model, cache, attention), attention, why, cores)
+        runner = ModelRunner(model, cache, attention, _graphs(plan, group, attention))
+        return cls(group, cache, runner, attention, why, cores)
+
+
+def _graphs(plan: Plan, group: Group, attention: AttentionBackend) -> Graphs | None:
+    """For decode steps on one CUDA device, by the kernels that skip what fills up a batch."""
+    if plan.device_type != "cuda" or group.world > 1 or attention.name != "triton":
+        return None
+    return Graphs(plan.device(group.rank), plan.config.max_num_seqs)
 
 
 def _load_model(plan: Plan, group: Group, device: torch.device, on_progress: Progress | None) -> Transformer:
@@ -95,7 +105,7 @@ def _free_cuda_bytes(plan: Plan, group: Group, model: Model, attention: Attentio
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     others = total - free - torch.cuda.memory_reserved(device)
-    return int(total * plan.config.gpu_memory_utilization) - others - peak - SAMPLER_BYTES
+    return int(total * plan.config.gpu_memory_utilization) - others - peak - SAMPLER_BYTES - GRAPH_BYTES
 
 
 def _largest_step(plan: Plan, group: Group, model: Model, attention: AttentionBackend) -> None:

@@ -8,17 +8,46 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tandem.engine.attention.base import AttentionBackend, AttentionMetadata
 from tandem.engine.batch import Batch
+from tandem.engine.graphs import Graphs, Key, padded_size, power_of_two
 from tandem.engine.kv_cache import PagedKVCache
 from tandem.engine.models.transformer import Model, StepInputs, StepOutput
+from tandem.engine.upload import upload
 
 HEADER = 4
+NOWHERE = -1  # instead of a block: what a token's KV is written to that only fills up a batch
+LEAST_CONTEXT = 256  # tokens that the smallest graph reaches
+
+
+class Shape(NamedTuple):
+    """The head of a packed batch."""
+
+    tokens: int
+    sequences: int
+    rows: int
+    width: int  # of the block tables
+
+    @classmethod
+    def of(cls, packed: Tensor) -> Shape:
+        return cls(*integers(packed[:HEADER]))
+
+    @property
+    def is_decode(self) -> bool:
+        """Every sequence has one token, and wants its logits."""
+        return self.tokens == self.sequences == self.rows
+
+    def split(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """The parts after the head, views: ids, positions, blocks, offsets, starts, context lengths, tables, rows."""
+        tokens, sequences, rows, width = self
+        sizes = [HEADER, tokens, tokens, tokens, tokens, sequences + 1, sequences, sequences * width, rows]
+        return torch.split(packed, sizes)[1:]
 
 
 def pack(batch: Batch, block_size: int) -> Tensor:
@@ -50,20 +79,43 @@ def pack(batch: Batch, block_size: int) -> Tensor:
 
 def unpack(packed: Tensor, device: torch.device) -> StepInputs:
     """What `pack` made, on `device`; the host keeps the lengths it needs."""
-    tokens, sequences, rows, width = integers(packed[:HEADER])
-    sizes = [HEADER, tokens, tokens, tokens, tokens, sequences + 1, sequences, sequences * width, rows]
-    host = torch.split(packed, sizes)
-    _, ids, positions, blocks, offsets, start, lens, table, sampled = torch.split(packed.to(device), sizes)
+    shape = Shape.of(packed)
+    _, _, _, _, start, lens, _, _ = shape.split(packed)
+    return view(upload(packed, device), shape, integers(start.diff()), integers(lens))
+
+
+def view(packed: Tensor, shape: Shape, query_lens: list[int], context_lens: list[int]) -> StepInputs:
+    """The parts of `packed`, which is on the device already."""
+    ids, positions, blocks, offsets, start, lens, table, rows = shape.split(packed)
     meta = AttentionMetadata(
         query_start=start.int(),
         context_lens=lens.int(),
-        block_tables=table.view(sequences, width).int(),
+        block_tables=table.view(shape.sequences, shape.width).int(),
         slot_blocks=blocks,
         slot_offsets=offsets,
-        query_lens=integers(host[5].diff()),
-        context_lens_host=integers(host[6]),
+        query_lens=query_lens,
+        context_lens_host=context_lens,
     )
-    return StepInputs(ids, positions, sampled, meta)
+    return StepInputs(ids, positions, rows, meta)
+
+
+def pad(packed: Tensor, size: int, width: int) -> Tensor:
+    """A packed decode batch as one of `size` sequences and `width` blocks each. Those added have one token each, like
+    the others, which sees nothing, is written nowhere and has logits that mean nothing."""
+    shape = Shape.of(packed)
+    ids, positions, blocks, offsets, _, lens, table, _ = shape.split(packed)
+    more = (0, size - shape.sequences)
+    return torch.cat([
+        torch.tensor([size, size, size, width]),
+        F.pad(ids, more),
+        F.pad(positions, more),
+        F.pad(blocks, more, value=NOWHERE),
+        F.pad(offsets, more),
+        torch.arange(size + 1),
+        F.pad(lens, more),
+        F.pad(table.view(shape.sequences, shape.width), (0, width - shape.width, *more)).flatten(),
+        torch.arange(size),
+    ])  # fmt: skip
 
 
 def integers(values: Tensor) -> list[int]:
@@ -74,14 +126,38 @@ def integers(values: Tensor) -> list[int]:
 class ModelRunner:
     """One rank's model on its cache. Not thread-safe: one step at a time."""
 
-    def __init__(self, model: Model, cache: PagedKVCache, attention: AttentionBackend) -> None:
+    def __init__(
+        self, model: Model, cache: PagedKVCache, attention: AttentionBackend, graphs: Graphs | None = None
+    ) -> None:
+        """`graphs` run the decode steps that they cover; they need the kernels that skip what `pad` adds."""
         self._model = model
         self._cache = cache
         self._attention = attention
+        self._graphs = graphs
         self._device = cache.tensor.device
 
     @torch.inference_mode()
     def forward(self, packed: Tensor, after_layer: Callable[[int], None] | None = None) -> StepOutput:
-        """Compute the KV of all tokens of `packed`, and the logits of its sample rows."""
+        """Compute the KV of all tokens of `packed`, and the logits of its sample rows. Valid until the next step."""
+        shape, graphs = Shape.of(packed), self._graphs
+        if graphs is not None and after_layer is None and shape.is_decode and graphs.cover(shape.sequences):
+            return self._decode(graphs, packed, shape)
+        return self.eager(packed, after_layer)
+
+    @torch.inference_mode()
+    def eager(self, packed: Tensor, after_layer: Callable[[int], None] | None = None) -> StepOutput:
+        """`forward`, launch by launch."""
         inputs = unpack(packed, self._device)
         return self._model.forward(inputs, self._attention, self._cache.layers, after_layer)
+
+    def _decode(self, graphs: Graphs, packed: Tensor, shape: Shape) -> StepOutput:
+        """By the graph of the next larger size, for the next larger context."""
+        size, block_size = padded_size(shape.sequences), self._cache.layout.block_size
+        width = power_of_two(max(shape.width, -(-LEAST_CONTEXT // block_size)))
+
+        def step(inputs: Tensor) -> StepOutput:
+            everyone = view(inputs, Shape(size, size, size, width), [1] * size, [width * block_size] * size)
+            return self._model.forward(everyone, self._attention, self._cache.layers)
+
+        output = graphs.run(Key(size, width), pad(packed, size, width), step)
+        return StepOutput(output.logits[: shape.sequences], output.finite[: shape.sequences])

@@ -8,6 +8,9 @@ hashed from (seed, choice, token index). Weights are integers: sums over them ar
 batch around a row nor the device's way of summing can change a draw. Order by id, not by weight: tiny differences
 between two machines' logits then move the boundaries a little, where with a sorted order two near-equal tokens
 would swap places.
+
+The host waits for the device once to look at all rows, once for all draws of a part, and once for each row whose
+logprobs are wanted; everything that it sends goes through pinned memory.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import hashlib
 import logging
 import struct
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -26,6 +30,7 @@ from torch import Tensor
 from tandem.common.request import Logprobs, SamplingParams
 from tandem.engine.batch import Sampled
 from tandem.engine.sequence import Sequence
+from tandem.engine.upload import upload
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +53,8 @@ class Peaks:
 def look(logits: Tensor, finite: Tensor) -> tuple[Peaks, list[bool]]:
     """The peaks of `logits` (R, vocab), and `finite` (S,) on the host: one copy, one wait for the device."""
     best, best_ids = logits.max(dim=-1)  # NaN if there is one
-    host: list[int] = _list(torch.cat([best_ids, best.isfinite(), finite]))
-    rows = len(logits)
-    return Peaks(host[:rows], [bool(ok) for ok in host[rows : 2 * rows]]), [bool(ok) for ok in host[2 * rows :]]
+    ids, sound, whole = _fetch(best_ids, best.isfinite(), finite)
+    return Peaks(ids, [bool(ok) for ok in sound]), [bool(ok) for ok in whole]
 
 
 def sample(logits: Tensor, sequences: list[Sequence], peaks: Peaks) -> list[Sampled]:
@@ -79,7 +83,7 @@ def sample(logits: Tensor, sequences: list[Sequence], peaks: Peaks) -> list[Samp
 def _choose_apart(logits: Tensor, rows: list[int], sequences: list[Sequence]) -> list[list[int] | str]:
     """`_choose` for some rows of `logits`; if that fails, row by row, so that only the offender has an error."""
     try:
-        return [*_choose(logits[rows], [sequences[row] for row in rows])]
+        return [*_choose(logits[_ids(rows, logits.device)], [sequences[row] for row in rows])]
     except Exception as exc:
         if len(rows) == 1:
             return [_failure(exc, sequences[rows[0]])]
@@ -125,13 +129,19 @@ def _choose(scores: Tensor, sequences: list[Sequence]) -> list[list[int]]:
         if _is_adjusted(sequence.sampling):
             _adjust(row, sequence)
     best, best_ids = scores.max(dim=-1)
-    tokens = [[token] * len(sequence.choices) for token, sequence in zip(_list(best_ids), sequences, strict=True)]
     random = [row for row, sequence in enumerate(sequences) if not sequence.sampling.greedy]
-    if random:
-        drawn = _draw(scores[random], best[random, None], [sequences[row] for row in random])
-        for row, ids in zip(random, drawn, strict=True):
-            tokens[row] = ids
-    return [ids if ok else [] for ids, ok in zip(tokens, _list(best.isfinite()), strict=True)]
+    where, drawers = _ids(random, scores.device), [sequences[row] for row in random]
+    weights = _weights(scores[where], best[where, None], drawers)
+    head = HEAD
+    while True:
+        ids, finite, drawn, enough = _fetch(best_ids, best.isfinite(), *_draw(weights, drawers, head))
+        if all(enough):  # nearly always at once
+            break
+        head *= 16
+    tokens = [[token] * len(sequence.choices) for token, sequence in zip(ids, sequences, strict=True)]
+    for place, row in enumerate(random):
+        tokens[row] = drawn[place :: len(random)][: len(tokens[row])]
+    return [chosen if ok else [] for chosen, ok in zip(tokens, finite, strict=True)]
 
 
 def _adjust(scores: Tensor, sequence: Sequence) -> None:
@@ -144,28 +154,30 @@ def _adjust(scores: Tensor, sequence: Sequence) -> None:
         scores[seen] = torch.where(values < 0, values * penalty, values / penalty)
     if sampling.frequency_penalty or sampling.presence_penalty:  # as in the OpenAI API: output only
         counts = Counter(sequence.output_ids)
-        times = torch.tensor(list(counts.values()), dtype=scores.dtype, device=device)
+        times = upload(torch.tensor(list(counts.values()), dtype=scores.dtype), device)
         scores[_ids(counts, device)] -= times * sampling.frequency_penalty + sampling.presence_penalty
     bias = {token: value for token, value in sampling.logit_bias if token < len(scores)}
-    scores[_ids(bias, device)] += torch.tensor(list(bias.values()), dtype=scores.dtype, device=device)
+    scores[_ids(bias, device)] += upload(torch.tensor(list(bias.values()), dtype=scores.dtype), device)
     if sequence.output_len < sampling.min_tokens:
-        scores[_ids((token for token in sampling.stop_token_ids if token < len(scores)), device)] = float("-inf")
+        stops = _ids((token for token in sampling.stop_token_ids if token < len(scores)), device)
+        scores.index_fill_(0, stops, float("-inf"))
 
 
-def _draw(scores: Tensor, best: Tensor, sequences: list[Sequence]) -> list[list[int]]:
-    """Random tokens from `scores` (R, vocab), whose maxima are `best` (R, 1)."""
-    params = [sequence.sampling for sequence in sequences]
-    temperature = _column([max(p.temperature, MIN_TEMPERATURE) for p in params], scores.device)
-    relative = ((scores - best) / temperature.float()).exp()  # of the likeliest token: 1
-    weights = (relative.double() * UNIT).long()
-    weights = _filter(weights, params)
+def _weights(scores: Tensor, best: Tensor, sequences: list[Sequence]) -> Tensor:
+    """(R, vocab) int64 of `scores` (R, vocab), whose maxima are `best` (R, 1): UNIT for the likeliest tokens."""
+    temperature = _column((max(item.sampling.temperature, MIN_TEMPERATURE) for item in sequences), scores.device)
+    return (((scores - best) / temperature.float()).exp().double() * UNIT).long()
+
+
+def _draw(weights: Tensor, sequences: list[Sequence], head: int) -> tuple[Tensor, Tensor]:
+    """Random tokens (choices, R) by `weights` (R, vocab), and whether for each row (R,) `head` tokens were enough."""
+    weights, enough = _filter(weights, [sequence.sampling for sequence in sequences], head)
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    width = max(len(sequence.choices) for sequence in sequences)
-    noise = torch.tensor([_noise(sequence, width) for sequence in sequences], dtype=torch.float64, device=scores.device)
-    target = torch.minimum((noise * total).long(), total - 1)  # the float product may round up
-    tokens = _list(torch.searchsorted(cumulative, target, right=True))
-    return [ids[: len(sequence.choices)] for ids, sequence in zip(tokens, sequences, strict=True)]
+    width = max((len(sequence.choices) for sequence in sequences), default=1)
+    noise = torch.tensor([_noise(sequence, width) for sequence in sequences], dtype=torch.float64).view(-1, width)
+    target = torch.minimum((upload(noise, weights.device) * total).long(), total - 1)  # the float product may round up
+    return torch.searchsorted(cumulative, target, right=True).T, enough
 
 
 def _noise(sequence: Sequence, width: int) -> list[float]:
@@ -173,25 +185,28 @@ def _noise(sequence: Sequence, width: int) -> list[float]:
     return numbers + [0.0] * (width - len(numbers))
 
 
-def _filter(weights: Tensor, params: list[SamplingParams]) -> Tensor:
-    """`weights` (R, vocab) int64 with the tokens that min-p, top-k and top-p exclude set to 0.
+def _filter(weights: Tensor, params: list[SamplingParams], head: int) -> tuple[Tensor, Tensor]:
+    """`weights` (R, vocab) int64 with the tokens that min-p, top-k and top-p exclude set to 0; and whether (R,) the
+    `head` heaviest tokens were enough to tell.
 
     Each filter sees what the ones before it left. All three keep a prefix of the order by falling weight, then by
     rising id: exactly k tokens, and the fewest whose share reaches top_p.
     """
+    enough = torch.ones(len(params), dtype=torch.bool, device=weights.device)
     if any(p.min_p > 0.0 for p in params):
         floor = _column([p.min_p * UNIT for p in params], weights.device)
         weights = weights.masked_fill(weights < floor, 0)
     if any(p.top_k > 0 or p.top_p < 1.0 for p in params):
-        width = HEAD if any(p.top_p < 1.0 and p.top_k <= 0 for p in params) else 1
-        weights = _keep_first(weights, *_prefix(weights, params, width))
-    return weights
+        vocab = weights.shape[1]
+        width = head if any(p.top_p < 1.0 and not 0 < p.top_k < vocab for p in params) else 1
+        count, last, enough = _prefix(weights, params, width)
+        weights = _keep_first(weights, count, last)
+    return weights, enough
 
 
-def _prefix(weights: Tensor, params: list[SamplingParams], width: int) -> tuple[Tensor, Tensor]:
-    """(R, 1) each: how many tokens of the order top-k and top-p keep, and the weight of the last of them.
-
-    Looks at the `width` heaviest, or more if a top-k is larger, or a top-p was not reached by so many.
+def _prefix(weights: Tensor, params: list[SamplingParams], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(R, 1) each: how many tokens of the order top-k and top-p keep, and the weight of the last of them; and whether
+    (R,) it is so: looks at the `width` heaviest only, or more if a top-k is larger.
     """
     vocab = weights.shape[1]
     limits = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
@@ -202,12 +217,11 @@ def _prefix(weights: Tensor, params: list[SamplingParams], width: int) -> tuple[
     head = head.masked_fill(torch.arange(width, device=weights.device) >= limit, 0)
     mass = torch.where(limit < vocab, head.sum(-1, keepdim=True), weights.sum(-1, keepdim=True))
     kept = (head > 0) & (head.cumsum(dim=-1) - head < top_p * mass)
-    kept[:, 0] = True
+    kept[:, :1].fill_(True)
     unbounded = (limit == vocab) & (top_p >= 1.0)
-    if width < vocab and bool((kept[:, -1:] & (limit == vocab) & ~unbounded).any()):
-        return _prefix(weights, params, width * 16)
+    enough = ~kept[:, -1] | (limit < vocab)[:, 0] | unbounded[:, 0] | (width == vocab)
     count = kept.sum(dim=-1, keepdim=True)
-    return count.masked_fill(unbounded, vocab), head.gather(1, count - 1).masked_fill(unbounded, 0)
+    return count.masked_fill(unbounded, vocab), head.gather(1, count - 1).masked_fill(unbounded, 0), enough
 
 
 def _keep_first(weights: Tensor, count: Tensor, last: Tensor) -> Tensor:
@@ -222,12 +236,18 @@ def _list(tensor: Tensor) -> list[Any]:
     return cast("list[Any]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]  (untyped in torch)
 
 
+def _fetch(*tensors: Tensor) -> Iterator[list[Any]]:
+    """The elements of each, in one copy: one wait for the device."""
+    host = iter(_list(torch.cat([tensor.flatten() for tensor in tensors])))
+    return (list(islice(host, tensor.numel())) for tensor in tensors)
+
+
 def _ids(tokens: Iterable[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(tokens), dtype=torch.long, device=device)
+    return upload(torch.tensor(list(tokens), dtype=torch.long), device)
 
 
 def _column(values: Iterable[float], device: torch.device) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float64, device=device)[:, None]
+    return upload(torch.tensor(list(values), dtype=torch.float64), device)[:, None]
 
 
 def _logprobs(logits: Tensor, tokens: list[int], sequence: Sequence) -> tuple[Logprobs | None, ...]:
@@ -237,5 +257,7 @@ def _logprobs(logits: Tensor, tokens: list[int], sequence: Sequence) -> tuple[Lo
         return (None,) * len(tokens)
     logprobs = logits.log_softmax(dim=-1)
     values, ids = logprobs.topk(min(count, logprobs.shape[0]))
-    top = tuple(zip(_list(ids), _list(values), strict=True))
-    return tuple(Logprobs(value, top) for value in _list(logprobs[tokens]))
+    chosen = logprobs[_ids(tokens, logits.device)]
+    host_ids, *host_values = _fetch(ids.double(), values.double(), chosen.double())  # exact, as is Python's own float
+    top = tuple(zip(map(int, host_ids), host_values[0], strict=True))
+    return tuple(Logprobs(value, top) for value in host_values[1])

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tandem.engine.attention.base import AttentionBackend, AttentionMetadata
 from tandem.engine.models.config import ModelConfig
-from tandem.engine.models.layers import ColumnLinear, Placement, RMSNorm, Rotary, RowLinear, Slot, VocabMatrix, rotate
+from tandem.engine.models.layers import ColumnLinear, Placement, RMSNorm, Rotary, RowLinear, Slot, VocabMatrix
+from tandem.engine.models.ops import StepContext, create_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +53,6 @@ class Model(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class LayerContext:
-    """What all layers of one step share."""
-
-    attention: AttentionBackend
-    meta: AttentionMetadata
-    angles: tuple[Tensor, Tensor]
-
-
 class Attention:
     def __init__(self, config: ModelConfig, index: int, place: Placement) -> None:
         world, size = place.group.world, config.head_dim
@@ -79,14 +70,9 @@ class Attention:
             [RMSNorm(f"{name}.{which}_norm", size, config.norm_eps, place) for which in "qk"] if config.qk_norm else []
         )
 
-    def __call__(self, x: Tensor, kv: Tensor, context: LayerContext) -> Tensor:
+    def __call__(self, x: Tensor, kv: Tensor, context: StepContext) -> Tensor:
         """`kv` is this layer's view of the cache: (blocks, 2, kv_heads, block_size, head_dim)."""
-        heads = self.qkv(x).view(len(x), -1, self.head_dim)  # (T, q heads | k heads | v heads, head_dim)
-        query, key, value = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], dim=1)
-        if self.norms:
-            query, key = self.norms[0](query), self.norms[1](key)
-        query, key = rotate(query, context.angles), rotate(key, context.angles)
-        context.attention.write(kv, key, value, context.meta)
+        query = context.ops.write(self.qkv(x), self.norms, kv, context)
         seen = context.attention.attend(query, kv, context.meta, self.head_dim**-0.5, self.window)
         return self.output(seen.reshape(len(x), -1))
 
@@ -102,9 +88,8 @@ class MLP:
         self.gate_up = ColumnLinear(parts, config.hidden_size, config.mlp_bias, place)
         self.down = RowLinear(f"{name}.down_proj", inner, config.hidden_size, config.mlp_bias, place)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+    def __call__(self, x: Tensor, context: StepContext) -> Tensor:
+        return self.down(context.ops.gate(self.gate_up(x)))
 
     def slots(self) -> Iterator[Slot]:
         yield from self.gate_up.slots()
@@ -119,9 +104,12 @@ class Layer:
         self.mlp_norm = RMSNorm(f"{name}.post_attention_layernorm", size, eps, place)
         self.mlp = MLP(config, index, place)
 
-    def __call__(self, x: Tensor, kv: Tensor, context: LayerContext) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), kv, context)
-        return x + self.mlp(self.mlp_norm(x))
+    def __call__(self, x: Tensor, y: Tensor | None, kv: Tensor, context: StepContext) -> tuple[Tensor, Tensor]:
+        """The residual stream is x + y: `y` is what the layer before added last. Returns the next two."""
+        x, normed = context.ops.add_norm(x, y, self.attention_norm)
+        y = self.attention(normed, kv, context)
+        x, normed = context.ops.add_norm(x, y, self.mlp_norm)
+        return x, self.mlp(normed, context)
 
     def slots(self) -> Iterator[Slot]:
         for part in (self.attention_norm, self.attention, self.mlp_norm, self.mlp):
@@ -140,6 +128,7 @@ class Transformer:
             self.embedding if config.tied else VocabMatrix("lm_head", config.vocab_size, config.hidden_size, place)
         )
         self.rotary = Rotary(config.rope, config.head_dim, place)
+        self.ops = create_ops(place.device)
 
     def forward(
         self,
@@ -149,13 +138,14 @@ class Transformer:
         after_layer: Callable[[int], None] | None = None,
     ) -> StepOutput:
         """See Model."""
-        context = LayerContext(attention, inputs.meta, self.rotary.angles(inputs.positions))
-        x = self.embedding.embed(inputs.token_ids)
+        context = StepContext(self.ops, attention, inputs.meta, self.rotary.angles(inputs.positions))
+        x, y = self.embedding.embed(inputs.token_ids), None
         for index, (layer, layer_kv) in enumerate(zip(self.layers, kv, strict=True)):
-            x = layer(x, layer_kv, context)
+            x, y = layer(x, y, layer_kv, context)
             if after_layer is not None:
                 after_layer(index)
-        logits = self.head.logits(self.norm(x[inputs.rows])).float()
+        x, normed = self.ops.add_norm(x, y, self.norm)
+        logits = self.head.logits(normed[inputs.rows]).float()
         return StepOutput(logits, all_finite(x, inputs.meta.query_start))
 
     def slots(self) -> Iterator[Slot]:
