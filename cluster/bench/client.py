@@ -74,9 +74,14 @@ class Client:
         answer.finish()
 
     async def _exchange(self, request: bytes, answer: Answer) -> None:
-        connection = self._kept() or await self._connect()
+        kept = self._kept()
+        connection = kept or await self._connect()
         try:
             await connection.ask(request, answer)
+            if connection is kept and connection.unheard:  # it closed behind its last answer: RFC 9112, 9.3.1
+                answer.failure = None
+                connection = await self._connect()
+                await connection.ask(request, answer)
         except BaseException:
             connection.transport.abort()
             raise
@@ -124,6 +129,11 @@ class _Connection(asyncio.Protocol):
         self._status, self._refusal, self.reusable = 0, b"", False
         self.transport.write(request)
         await self._done
+
+    @property
+    def unheard(self) -> bool:
+        """It was lost before the first byte of an answer."""
+        return self._status == 0 and self.transport.is_closing()
 
     # ----------------------------------------------------------------------------------------------- from the transport
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
