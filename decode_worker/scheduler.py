@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 
-from tandem.engine.allocation import allocate, blocks_for, publish
+from tandem.engine.allocation import allocate, blocks_for, is_coming, publish
 from tandem.engine.batch import Scheduled
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.sequence import Sequence
@@ -87,6 +87,8 @@ class DecodeScheduler:
         pending = sum(sequence.remaining for sequence in self.running)
         while self.waiting and pending < self._budget and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
+            if is_coming(self._pool, sequence, self.running, self._fingerprint):
+                return
             if not allocate(self._pool, sequence, self._fingerprint, spare=len(self.running)):
                 return
             del self.waiting[0]

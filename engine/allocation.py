@@ -9,6 +9,8 @@ cached block.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.sequence import Sequence
 
@@ -31,6 +33,23 @@ def allocate(pool: BlockPool, sequence: Sequence, fingerprint: bytes, spare: int
     sequence.blocks = cached + fresh
     sequence.computed = len(cached) * size
     return True
+
+
+def is_coming(pool: BlockPool, sequence: Sequence, running: Iterable[Sequence], fingerprint: bytes) -> bool:
+    """Whether one of `running` is about to compute the very block that `sequence` lacks next.
+
+    Of prompts that arrive together and begin alike, the first one computes the beginning; the others are better off
+    waiting for it than computing it beside. (Hashes are chained, so equal ones stand at equal places.)
+    """
+    size = pool.block_size
+    if not pool.caching:
+        return False
+    wanted = sequence.block_hashes(size, fingerprint)[: (len(sequence.token_ids) - 1) // size]
+    at = len(pool.match(wanted))
+    return at < len(wanted) and any(
+        other.computed < other.prompt_len and wanted[at] in other.block_hashes(size, fingerprint)[at : at + 1]
+        for other in running
+    )
 
 
 def publish(pool: BlockPool, sequence: Sequence, fingerprint: bytes, since: int = 0) -> None:

@@ -93,6 +93,11 @@ class BlockPool:
     def free_among(self, blocks: Iterable[int]) -> list[int]:
         return [block for block in blocks if self._state[block] is State.FREE]
 
+    @property
+    def caching(self) -> bool:
+        """Whether published blocks can be found."""
+        return self._caching
+
     def match(self, hashes: Iterable[BlockHash]) -> list[int]:
         """The blocks of the longest contiguous prefix of `hashes` that is here. Takes no reference."""
         found: list[int] = []

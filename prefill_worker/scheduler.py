@@ -6,7 +6,7 @@ holds a grant of its decode worker, so what it computes has a place to go (rule 
 
 from __future__ import annotations
 
-from tandem.engine.allocation import allocate, publish
+from tandem.engine.allocation import allocate, is_coming, publish
 from tandem.engine.batch import Scheduled
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.sequence import Sequence
@@ -21,8 +21,11 @@ class PrefillScheduler:
         self.running: list[Sequence] = []
 
     def start(self, sequence: Sequence) -> bool:
-        """Give the sequence its blocks, cached ones first. False (and no change) when there is no room now."""
-        if len(self.running) >= self._max_num_seqs or not allocate(self._pool, sequence, self._fingerprint):
+        """Give the sequence its blocks, cached ones first. False (and no change) when there is no room now, or when it
+        begins as a prompt that is being computed: its beginning will be cached then."""
+        if len(self.running) >= self._max_num_seqs or is_coming(self._pool, sequence, self.running, self._fingerprint):
+            return False
+        if not allocate(self._pool, sequence, self._fingerprint):
             return False
         self.running.append(sequence)
         return True

@@ -21,7 +21,7 @@ FUNCTION_MEDIAN = 10
 FILE_LINES = 600
 FILE_LINES_WARN = 400
 PARAMETERS = 6
-TOTAL_LINES = 18_000  # non-blank lines of the packages: a quarter is connectors and surviving faults, a tenth `tandem bench`
+TOTAL_LINES = 18_000  # non-blank lines of the packages: a quarter connectors and surviving faults, a tenth the bench
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
