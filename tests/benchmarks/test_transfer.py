@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks.transfer import Seconds, line, measure, summarize
 
@@ -21,6 +22,6 @@ def test_rates_are_medians_and_ratios_are_of_one_round_each() -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("connector", ["shm", "tcp"])
 def test_a_small_run_between_two_processes(connector: str) -> None:
-    (row,) = measure(connector, "small", [1], rounds=2)
+    (row,) = measure(connector, "small", [1], rounds=2, device=torch.device("cpu"))
     assert len(row.rounds) == 2
     assert min(row.copy, row.link, row.raw, row.link_to_copy_cpu) > 0

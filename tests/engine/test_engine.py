@@ -141,7 +141,7 @@ def test_a_poisoned_prompt_is_told_of_before_it_samples(qwen: Loaded) -> None:
 
 
 def test_one_bad_token_in_the_midst_of_a_chunk_is_enough(qwen: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    embedding = qwen.engine._rank.runner._model.embedding
+    embedding = getattr(qwen.engine._rank.runner._model, "embedding")  # noqa: B009  (both kinds of model have one)
     embed = embedding.embed
 
     def spoiled(ids: torch.Tensor) -> torch.Tensor:
