@@ -222,7 +222,7 @@ class Contexts:
     def calls(self, team: Team) -> Calls:
         shape, metas = self.shape, list(self.metadata())
         scale = shape.head_dim**-0.5
-        heads = native.Heads(shape.heads, shape.kv_heads, shape.head_dim, 0, 0, scale)
+        heads = native.Heads(shape.heads, shape.kv_heads, shape.head_dim, 0, scale)
         cache, seen, torch_attention = native.Cache.of(self.kv), torch.empty_like(self.query), CpuAttention()
         steps, others, narrow = cycle([self._step(meta) for meta in metas]), cycle(metas), self.query.to(self.kv.dtype)
         return (

@@ -34,7 +34,7 @@ class NativeAttention:
         tensors = (meta.query_start, meta.context_lens, meta.block_tables, meta.slot_blocks, meta.slot_offsets)
         addresses = [tensor.data_ptr() for tensor in tensors]
         step = native.Step(tokens, len(meta.query_lens), meta.block_tables.shape[1], *addresses, None, None)
-        shape = native.Heads(heads, kv.shape[2], head_dim, 0, window or 0, scale)
+        shape = native.Heads(heads, kv.shape[2], head_dim, window or 0, scale)
         self.team.begin()
         try:
             self.team.attention(shape, step, native.Cache.of(kv), rows, seen)

@@ -24,7 +24,6 @@ PANEL, WIDTH = 16, 32  # matmul.h: outputs of a panel, of a task
 STORE, ADD, GATE = 0, 1, 2  # matmul.h: what becomes of a product
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 I8, I4 = 3, 4
-MAX_GROUP = 96  # query heads of a kv head: the rows of an attention task
 TOLERANCE = 0.02  # of the check at first use; activations rounded to bfloat16 are off by 0.004
 MAX_CODES = 256  # inputs that share a scale
 HELPER_NICENESS = 14  # more than the worker's own thread; prefill's own yields to decode's by less (cluster/plan.py)
@@ -63,7 +62,7 @@ class Step(ctypes.Structure):
 class Heads(ctypes.Structure):
     _fields_ = (
         ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32), ("head_dim", ctypes.c_int32),
-        ("rotary", ctypes.c_int32), ("window", ctypes.c_int64), ("scale", ctypes.c_float),
+        ("window", ctypes.c_int64), ("scale", ctypes.c_float),
     )  # fmt: skip
 
 

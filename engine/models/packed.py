@@ -30,7 +30,7 @@ class PackedLayer:
     def __init__(self, layer: Layer, eps: float, pack: Pack) -> None:
         attention, mlp = layer.attention, layer.mlp
         heads = native.Heads(
-            attention.heads, attention.kv_heads, attention.head_dim, 0, attention.window or 0, attention.head_dim**-0.5
+            attention.heads, attention.kv_heads, attention.head_dim, attention.window or 0, attention.head_dim**-0.5
         )
         self._weights = [
             pack(attention.qkv.weight, attention.qkv.bias),

@@ -34,14 +34,15 @@ class Shape:
     @property
     def heads(self) -> native.Heads:
         heads = self.group * self.kv_heads
-        return native.Heads(heads, self.kv_heads, self.head_dim, 0, self.window, self.head_dim**-0.5)
+        return native.Heads(heads, self.kv_heads, self.head_dim, self.window, self.head_dim**-0.5)
 
 
 SHAPES = {
     "group-1": Shape(group=1, head_dim=64, block_size=16),
     "group-3": Shape(),
     "group-8": Shape(group=8, kv_heads=1, head_dim=128, block_size=32),
-    "group-96": Shape(group=96, kv_heads=1, head_dim=20),  # as many as are allowed
+    "group-96": Shape(group=96, kv_heads=1, head_dim=20),  # as many as the rows of a task
+    "group-100": Shape(group=100, kv_heads=1, head_dim=20),  # and more
     "head-dim-80": Shape(head_dim=80, block_size=4),
     "head-dim-20": Shape(group=1, head_dim=20, block_size=1),
     "window-1": Shape(window=1),

@@ -18,7 +18,7 @@ namespace tandem {
 
 constexpr int TILE = 64;        // positions
 constexpr int SPLIT = 512;      // positions
-constexpr int MAX_ROWS = 96;    // of a task
+constexpr int MAX_ROWS = 96;    // of a task, unless more heads share one kv head
 
 struct Cache {
     void* data;  // of this layer
@@ -34,7 +34,7 @@ struct Step {
 };
 
 struct Heads {
-    int32_t heads, kv_heads, head_dim, rotary;
+    int32_t heads, kv_heads, head_dim;
     int64_t window;  // tokens in sight, itself included; 0: all
     float scale;
 };
@@ -75,8 +75,9 @@ template <Kind kind> struct Attention {
 
     typedef typename Stored<kind>::Element Element;
 
-    // queries (MAX_ROWS, width) | keys (TILE, width) in panels | values (TILE, width) | scores (MAX_ROWS, TILE) | 2 partials
-    size_t scratch() const { return size_t(MAX_ROWS) * (width + TILE) + 2 * TILE * width + 2 * Partial::floats(MAX_ROWS, width); }
+    // queries (most, width) | keys (TILE, width) in panels | values (TILE, width) | scores (most, TILE) | 2 partials
+    size_t scratch() const { return size_t(most()) * (width + TILE) + 2 * TILE * width + 2 * Partial::floats(most(), width); }
+    int64_t most() const { return std::max<int64_t>(MAX_ROWS, group()); }
 
     // Where `count` positions' elements of this head begin; keys, with values `cache.part` behind.
     void find(const Task& task, int64_t position, int64_t count, const Element** found) const {
@@ -163,7 +164,7 @@ template <Kind kind> struct Attention {
     // One tile: scores, softmax in place, values.
     void tile_of(const Task& task, int64_t rows, int64_t position, int64_t to, float* memory, Partial& part) const {
         int64_t count = std::min<int64_t>(TILE, to - position), dim = heads.head_dim, panel = dim * PANEL;
-        float *queries = memory, *keys = queries + MAX_ROWS * width, *values = keys + TILE * width, *scores = values + TILE * width;
+        float *queries = memory, *keys = queries + most() * width, *values = keys + TILE * width, *scores = values + TILE * width;
         const Element* found[TILE];
         find(task, position, count, found);
         widen_keys(found, count, keys);
@@ -264,7 +265,7 @@ template <Kind kind> struct Attention {
             Partial part(partials + task.slot * Partial::floats(rows, width), rows);
             return split(task, rows, task.from, task.to, memory, part);
         }
-        float* rest = memory + MAX_ROWS * (width + TILE) + 2 * TILE * width;
+        float* rest = memory + most() * (width + TILE) + 2 * TILE * width;
         Partial total(rest, rows), part(rest + Partial::floats(rows, width), rows);
         total.clear(rows, width);
         for (int64_t from = task.from; from < task.to; from = (from / SPLIT + 1) * SPLIT) {
