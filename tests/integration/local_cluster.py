@@ -127,6 +127,7 @@ class LocalCluster:
             self._router.wait(10)
         except subprocess.TimeoutExpired:
             self._router.kill()
+            self._router.wait(10)
             raise
         finally:
             self._redis.stop()
