@@ -53,7 +53,7 @@ class CoreTable:
             return None
         try:
             if os.fstat(descriptor).st_uid == os.getuid():
-                os.ftruncate(descriptor, LINE * LINES)
+                os.posix_fallocate(descriptor, 0, LINE * LINES)  # a write into a full file system would end us
                 mine = next((line for line in range(LINES) if _lock(descriptor, line)), None)
                 if mine is not None:
                     return cls(descriptor, mine, own)
