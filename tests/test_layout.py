@@ -76,7 +76,7 @@ def test_every_module_but_the_kernels_imports_without_triton() -> None:
     code = """
 import importlib, pkgutil, sys, tandem
 sys.modules["triton"] = None  # importing it fails
-kernels = ("tandem.engine.kernels.", "tandem.engine.attention.triton")
+kernels = ("tandem.engine.kernels.", "tandem.engine.attention.triton", "tandem.engine.models.fused")
 for module in pkgutil.walk_packages(tandem.__path__, "tandem."):
     if not module.name.endswith("__main__") and not module.name.startswith(kernels):
         importlib.import_module(module.name)

@@ -26,6 +26,8 @@ ENGINE_FLAGS: dict[str, tuple[list[str], object]] = {
     "kv_cache_memory_bytes": (["--kv-cache-memory-bytes", "12345678"], 12345678),
     "gpu_memory_utilization": (["--gpu-memory-utilization", "0.5"], 0.5),
     "tensor_parallel_size": (["-tp", "2"], 2),
+    "quantization": (["-q", "int4"], "int4"),
+    "deterministic": (["--deterministic"], True),
     "load_format": (["--load-format", "dummy"], "dummy"),
     "attention_backend": (["--attention-backend", "reference"], "reference"),
     "device": (["--device", "cpu"], "cpu"),
