@@ -124,7 +124,7 @@ class LocalCluster:
         for server in self.workers.values():
             server.stop()
         try:
-            self._router.wait(10)
+            self._router.wait(40)  # its own limit for streams is 30
         except subprocess.TimeoutExpired:
             self._router.kill()
             self._router.wait(10)
