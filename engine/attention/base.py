@@ -32,7 +32,8 @@ class AttentionBackend(Protocol):
 
     def write(self, kv: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
         """Store `key` and `value`, each (T, kv_heads, head_dim), at the new tokens' slots of `kv`."""
-        ...
+        kv[meta.slot_blocks, 0, :, meta.slot_offsets] = key
+        kv[meta.slot_blocks, 1, :, meta.slot_offsets] = value
 
     def attend(self, query: Tensor, kv: Tensor, meta: AttentionMetadata, scale: float, window: int | None) -> Tensor:
         """Causal attention of `query` (T, heads, head_dim) over the cache. Returns (T, heads, head_dim)."""

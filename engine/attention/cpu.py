@@ -15,21 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tandem.engine.attention.base import AttentionMetadata
+from tandem.engine.attention.base import AttentionBackend, AttentionMetadata
 from tandem.engine.attention.reference import causal_mask
 
 
-class CpuAttention:
+class CpuAttention(AttentionBackend):
     """Holds the scratch memory into which blocks are gathered; for one thread at a time."""
 
     name = "cpu"
 
     def __init__(self) -> None:
         self._scratch = torch.empty(0)
-
-    def write(self, kv: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
-        kv[meta.slot_blocks, 0, :, meta.slot_offsets] = key
-        kv[meta.slot_blocks, 1, :, meta.slot_offsets] = value
 
     def attend(self, query: Tensor, kv: Tensor, meta: AttentionMetadata, scale: float, window: int | None) -> Tensor:
         output = torch.empty_like(query)

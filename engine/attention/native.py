@@ -11,11 +11,11 @@ import os
 import torch
 from torch import Tensor
 
-from tandem.engine.attention.base import AttentionMetadata
+from tandem.engine.attention.base import AttentionBackend, AttentionMetadata
 from tandem.engine.kernels import cores, native
 
 
-class NativeAttention:
+class NativeAttention(AttentionBackend):
     name = "native"
 
     def __init__(self) -> None:
@@ -23,10 +23,6 @@ class NativeAttention:
         own, threads = torch.get_num_threads(), len(os.sched_getaffinity(0))
         self.cores = cores.table(own) if own < threads else None
         self.team = native.Team(max(own, threads), self.cores)
-
-    def write(self, kv: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
-        kv[meta.slot_blocks, 0, :, meta.slot_offsets] = key
-        kv[meta.slot_blocks, 1, :, meta.slot_offsets] = value
 
     def attend(self, query: Tensor, kv: Tensor, meta: AttentionMetadata, scale: float, window: int | None) -> Tensor:
         tokens, heads, head_dim = query.shape

@@ -8,15 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tandem.engine.attention.base import AttentionMetadata
+from tandem.engine.attention.base import AttentionBackend, AttentionMetadata
 
 
-class ReferenceAttention:
+class ReferenceAttention(AttentionBackend):
     name = "reference"
-
-    def write(self, kv: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
-        kv[meta.slot_blocks, 0, :, meta.slot_offsets] = key
-        kv[meta.slot_blocks, 1, :, meta.slot_offsets] = value
 
     def attend(self, query: Tensor, kv: Tensor, meta: AttentionMetadata, scale: float, window: int | None) -> Tensor:
         block_size = kv.shape[3]

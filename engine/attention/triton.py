@@ -5,20 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tandem.engine.attention.base import AttentionMetadata
+from tandem.engine.attention.base import AttentionBackend, AttentionMetadata
 from tandem.engine.kernels import paged_attention
 from tandem.engine.kernels.paged_attention import NO_WINDOW, Sequences
 
 
-class TritonAttention:
+class TritonAttention(AttentionBackend):
     """Keeps nothing and never waits for the device: launches depend on the host's lengths only, and on those of
     single tokens through the longest context's alone, which may be overstated: what is beyond is skipped."""
 
     name = "triton"
-
-    def write(self, kv: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
-        kv[meta.slot_blocks, 0, :, meta.slot_offsets] = key
-        kv[meta.slot_blocks, 1, :, meta.slot_offsets] = value
 
     def attend(self, query: Tensor, kv: Tensor, meta: AttentionMetadata, scale: float, window: int | None) -> Tensor:
         output = torch.empty_like(query)

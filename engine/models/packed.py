@@ -59,7 +59,7 @@ class PackedTransformer:
         The output projection gets 8 bits also with 4: it makes the logits, and costs little.
         """
         config, pack = model.config, packer(bits)
-        self._team, self._group, self._hidden, self._eps = team, group, config.hidden_size, config.norm_eps
+        self._team, self._group, self._eps = team, group, config.norm_eps
         self.layers: list[PackedLayer] = []
         while model.layers:
             self.layers.append(PackedLayer(model.layers.pop(0), config.norm_eps, pack))
