@@ -40,7 +40,7 @@ Team* probe_team(int threads, void* table, int lines, int mine, int cores) {
 void probe_begin(Team* team) { team->begin(); }
 void probe_end(Team* team) { team->end(); }
 void probe_disband(Team* team) { delete team; }
-int probe_welcome(Team* team) { return team->welcome(); }
+int probe_welcome(Team* team) { return team->welcome(nanoseconds()); }
 // Wakes the helpers, as the first product of a prompt finds them: the norm of its rows had no need of scratch memory.
 void probe_wake(Team* team) {
     std::atomic<int> turns{0};
@@ -56,6 +56,14 @@ int64_t probe_run(Team* team, int64_t tasks, int32_t* counts) {
         if (thread) helped++;
     });
     return helped;
+}
+// Tasks of a millisecond; whose[task] becomes the thread that did it, in the order in which they ended.
+void probe_long(Team* team, int64_t tasks, int32_t* whose) {
+    std::atomic<int64_t> ended{0};
+    team->run(tasks, [&](int64_t, int thread) {
+        for (int64_t begin = nanoseconds(); nanoseconds() - begin < 1'000'000;) {}
+        whose[ended.fetch_add(1)] = thread;
+    });
 }
 }
 """
@@ -131,6 +139,10 @@ class Regions:
         counts = torch.zeros(tasks, dtype=torch.int32)
         helped = self._probe.probe_run(self._team, ctypes.c_int64(tasks), ctypes.c_void_p(counts.data_ptr()))
         return counts, helped
+
+    def run_long(self, whose: torch.Tensor) -> None:
+        """As many tasks of a millisecond; `whose` (tasks,) int32 is filled with the threads that did them."""
+        self._probe.probe_long(self._team, ctypes.c_int64(len(whose)), ctypes.c_void_p(whose.data_ptr()))
 
     def close(self) -> None:
         self._probe.probe_disband(self._team)
@@ -416,3 +428,23 @@ def test_only_its_user_reads_the_table(path: Path) -> None:
     joined(path)
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.stat().st_size == cores.LINE * cores.LINES
+
+
+def test_helpers_come_and_go_within_a_long_region(path: Path, probe: Path) -> None:
+    """A neighbour's last task has just begun: 5 ms later its core is lent. When it is back it gets its core back."""
+    mine = joined(path)
+    regions, whose = Regions(probe, 2, mine), torch.full((1500,), -1, dtype=torch.int32)
+    neighbour = mine._table[mine.mine + 1]  # a view
+    neighbour["cores"], neighbour["seen"] = 1, time.monotonic_ns()
+
+    def come_back() -> None:
+        until(lambda: bool((whose == 1).any()), "a helper's task")
+        neighbour["seen"] = time.monotonic_ns() + 10**12
+
+    regions.begin()
+    with all_teams_at_once([lambda: regions.run_long(whose), come_back]):
+        pass
+    regions.end()
+    helped = (whose == 1).nonzero().flatten()
+    assert 0 < len(helped) and helped[-1] < len(whose) - 1, "a helper came, and went before the end"
+    regions.close()

@@ -9,7 +9,8 @@
 //
 // Lending. All workers of a machine share a table with a line for each: how many cores are its own, and when it last
 // began a task. A worker may use every core that no other worker, seen busy within the last BUSY, owns. A worker
-// that dies stops writing, and so lends all it had.
+// that dies stops writing, and so lends all it had. A product of many rows takes long, so the starter looks again
+// while it is at one: cores that fall idle are used soon, and helpers leave cores that are wanted back.
 #pragma once
 
 #include <atomic>
@@ -28,7 +29,8 @@
 namespace tandem {
 
 constexpr int64_t BUSY = 5'000'000;  // nanoseconds; longer than any task
-constexpr int SPINS = 2000;            // looks at a helper before it counts as held up; some 50 microseconds
+constexpr int64_t GLANCE = 200'000;  // nanoseconds between looks at the table
+constexpr int SPINS = 2000;          // looks at a helper before it counts as held up; some 50 microseconds
 
 struct alignas(64) Line {        // cores.py has the same
     std::atomic<int64_t> seen;     // CLOCK_MONOTONIC, nanoseconds, of the last task; 0: at rest
@@ -82,10 +84,9 @@ class Team {
         if (table_) table_[mine_].seen.store(0, std::memory_order_relaxed);
     }
 
-    // How many threads may work now.
-    int welcome() const {
+    // How many threads may work `now`.
+    int welcome(int64_t now) const {
         if (!table_) return threads_;
-        int64_t now = nanoseconds();
         int taken = 0;
         for (int line = 0; line < lines_; line++)
             if (line != mine_ && now - table_[line].seen.load(std::memory_order_relaxed) < BUSY)
@@ -94,17 +95,14 @@ class Team {
     }
 
     template <class F> void run(int64_t tasks, F&& work) {
-        stamp();
-        int want = welcome();
-        wanted_.store(want);
-        if (want < 2 || tasks < 2) {
-            for (int64_t task = 0; task < tasks; task++, stamp()) work(task, 0);
+        if (threads_ < 2 || tasks < 2) {
+            for (int64_t task = 0; task < tasks; task++) stamp(), work(task, 0);
             return;
         }
         job_ = [&work](int64_t task, int thread) { work(task, thread); };
         tasks_ = tasks;
         next_.store(0);
-        call(want);
+        glanced_ = 0;
         open_.store(true);
         take_part(0);
         open_.store(false);
@@ -124,14 +122,25 @@ class Team {
         bool fetched = false;             // to the starter's core
     };
 
-    void stamp() {
-        if (table_) table_[mine_].seen.store(nanoseconds(), std::memory_order_relaxed);
+    int64_t stamp() {
+        int64_t now = nanoseconds();
+        if (table_) table_[mine_].seen.store(now, std::memory_order_relaxed);
+        return now;
     }
     void take_part(int thread) {
-        for (int64_t task; (task = next_.fetch_add(1)) < tasks_;) {
-            stamp();
+        while (thread == 0 || thread < wanted_.load(std::memory_order_relaxed)) {
+            int64_t task = next_.fetch_add(1);
+            if (task >= tasks_) return;
+            int64_t now = stamp();
+            if (thread == 0 && now - glanced_ >= GLANCE) glance(now);
             job_(task, thread);
         }
+    }
+    void glance(int64_t now) {
+        glanced_ = now;
+        int want = welcome(now);
+        wanted_.store(want);
+        call(want);
     }
     // Helpers that were fetched may go where they like again; those asleep are woken.
     void call(int want) {
@@ -186,7 +195,7 @@ class Team {
     int lines_, mine_, threads_;
     cpu_set_t anywhere_;
     std::function<void(int64_t, int)> job_;
-    int64_t tasks_ = 0;
+    int64_t tasks_ = 0, glanced_ = 0;
     std::atomic<int64_t> next_{0};
     std::atomic<int> wanted_{0}, asleep_{0};
     std::atomic<bool> open_{false}, stepping_{false}, ending_{false};
