@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 REST = 0.15  # of a step's duration, behind it
-QUEUED_INTERVAL = 0.05  # seconds from step to step; people read slower than that
+QUEUED_INTERVAL = 0.1  # seconds from step to step; people read slower than that
 LOOK = 0.005  # seconds between looks whether prompts still wait
 
 
