@@ -121,6 +121,7 @@ class RouterServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, door: Door, patience: float) -> None:
         super().__init__(config)
         self._door, self._patience, self._deadline = door, patience, 0.0
+        self._told = False  # that it shuts down
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         patience = self._patience
@@ -129,7 +130,13 @@ class RouterServer(uvicorn.Server):
         self._door.closed, self._deadline = True, time.monotonic() + patience
 
     async def on_tick(self, counter: int) -> bool:
+        if self._door.closed and not self._told:
+            self._told = True
+            left = max(0.0, self._deadline - time.monotonic())
+            logger.info("shutting down; %d requests are inside and get up to %.0f s", self._door.inside, left)
         if self._door.closed and (not self._door.inside or time.monotonic() >= self._deadline):
+            if self._door.inside:
+                logger.warning("shutting down; %d requests are ended: their time is over", self._door.inside)
             self.should_exit = True
         return await super().on_tick(counter)
 

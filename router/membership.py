@@ -31,6 +31,7 @@ log = logging.getLogger("tandem.router")
 LIST_INTERVAL = 0.5  # seconds
 MIN_BACKOFF = 0.1  # seconds between attempts to watch a worker
 MAX_BACKOFF = 2.0
+STOP_TIMEOUT = 5.0  # seconds that tasks get to end when the router stops
 CLOSE_GRACE = 60.0  # seconds for legs that outlive their Watch stream
 
 Identity = tuple[bytes, str]  # pairing and model: workers of one identity can take each other's place
@@ -118,7 +119,9 @@ class Membership:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        left = (await asyncio.wait(tasks, timeout=STOP_TIMEOUT))[1] if tasks else ()
+        if left:
+            log.warning("not stopped within %.0f s: %s", STOP_TIMEOUT, ", ".join(task.get_name() for task in left))
         await self._registry.close()
 
     def workers(self, role: Role | None = None, identity: Identity | None = None) -> list[Worker]:

@@ -16,6 +16,7 @@ from tandem.common.proto import tandem_pb2 as pb
 from tandem.common.registry import RegistryUnavailable
 from tandem.common.tokenizer import Tokenizer
 from tandem.common.worker_info import Load, WorkerEvent
+from tandem.router import membership
 from tests.router.conftest import MakeCluster
 from tests.router.fake_cluster import KEY, LAYOUT, FakeCluster, FakeWorker
 
@@ -262,3 +263,27 @@ async def test_a_stopping_router_does_not_wait_for_last_legs(cluster: MakeCluste
             await fake.members.stop()
         assert (await call).status_code >= 500
         fake.registry.workers = workers  # to be ended
+
+
+async def test_a_stopping_router_does_not_wait_for_what_cannot_be_cancelled(
+    cluster: MakeCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(membership, "STOP_TIMEOUT", 0.05)
+    async with cluster("x") as fake:
+        inside, let_go = asyncio.Event(), asyncio.Event()
+
+        async def stubborn() -> list[Any]:
+            inside.set()
+            while not let_go.is_set():
+                try:
+                    await let_go.wait()
+                except asyncio.CancelledError:
+                    continue
+            return []
+
+        monkeypatch.setattr(fake.registry, "list", stubborn)
+        await fake.until(inside.is_set)
+        async with asyncio.timeout(5):
+            await fake.members.stop()
+        assert "not stopped within 0 s: membership" in caplog.text
+        let_go.set()
