@@ -56,6 +56,10 @@ class Worker(Protocol):
         """Schedule, forward, publish once. False: there was nothing to do."""
         ...
 
+    def prepare(self) -> bool:
+        """Some milliseconds of what makes later steps quicker, while there is none. False: all is prepared."""
+        ...
+
     def cancel(self, leg_id: int) -> None: ...
 
     def load(self) -> Load: ...
@@ -96,7 +100,7 @@ class WorkerThread:
         try:
             while not self._stop.is_set():
                 self.last_turn = time.monotonic()
-                self._worker.inbox.run_pending(0.0 if busy else IDLE_WAIT)
+                self._worker.inbox.run_pending(0.0 if busy or self._worker.prepare() else IDLE_WAIT)
                 busy = self._worker.step()
                 self._after_step()
         except BaseException as exc:

@@ -84,6 +84,9 @@ class DecodeWorker:
         failpoint("decode.published")
         return True
 
+    def prepare(self) -> bool:
+        return self._engine.prepare()
+
     def _publish(self, results: list[Sampled]) -> None:
         """Append the new tokens, tell the clients, end what is finished or failed."""
         touched: dict[int, RunningLeg] = {}

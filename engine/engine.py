@@ -94,6 +94,10 @@ class Engine:
         self._rank.group.check()
         return results
 
+    def prepare(self) -> bool:
+        """Make a little ready for steps to come, while there is none; whether there is more of it to do."""
+        return self._rank.cache.prepare()
+
     def post_prompts(self, count: int) -> None:
         """A prefill worker says how many prompts it has, to whoever shares this machine's cores with it."""
         if self._rank.cores is not None:

@@ -6,8 +6,8 @@ A block is one contiguous run of bytes, so a hand-off reads it in one piece; so 
 tokens of a block are contiguous, which is what attention reads. A layer's view is strided over blocks.
 
 On the host the cache is a file in memory, which another process of the same user can map (/proc/PID/fd/N) to move
-blocks without copying them twice. Pages that nobody wrote yet take no memory: a worker's resident size follows its
-use, up to the budget.
+blocks without copying them twice. The system finds a page for it when it is first written, which takes 1 to 5 ms per MB
+on virtual machines, in the middle of somebody's step; so a worker has the first READY bytes found while it is idle.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from torch import Tensor
 from tandem.common.errors import ConfigError
 from tandem.common.kv_layout import KVLayout
 
+READY = 1 << 30  # bytes; of a larger cache the rest takes memory as it is used
+PIECE = 2 << 20  # bytes found at a time: a request that comes meanwhile waits a few milliseconds
+MADV_POPULATE_WRITE = 23  # <linux/mman.h>, since Linux 5.14; leaves what the pages hold
+
 
 class PagedKVCache:
     """With one rank this is the worker's BlockStore (kv_transfer/base.py). With more, `read` and `write` speak of
@@ -36,6 +40,7 @@ class PagedKVCache:
         dtype: torch.dtype = getattr(torch, layout.dtype)
         size = num_blocks * local.block_bytes
         self._file = SharedFile.create() if device.type == "cpu" and world == 1 else None
+        self._ready = 0  # bytes, from the beginning of the file
         # (blocks, bytes of this rank's part): moving bytes needs neither the dtype nor its alignment
         self.memory = _zeros(size, device, self._file).view(num_blocks, local.block_bytes)
         self._host = self.memory.numpy() if device.type == "cpu" else None  # moves rows ten times faster than torch
@@ -81,6 +86,18 @@ class PagedKVCache:
         """The file behind `memory` while the cache is open; None: memory of this process alone."""
         return self._file.fd if self._file is not None else None
 
+    def prepare(self) -> bool:
+        """Have memory found for one more piece of the cache; whether there is more to do.
+
+        Blocks that were never used are handed out in rising order, so the pieces are what will be needed first.
+        """
+        left = min(READY, self.memory.nbytes) - self._ready
+        if self._file is None or left <= 0:
+            return False
+        done = self._file.populate(self._ready, min(PIECE, left))
+        self._ready += PIECE if done else READY
+        return done
+
     def close(self) -> None:
         """Nobody else can map the cache any more; its tensors stay valid. Idempotent."""
         if self._file is not None:
@@ -108,6 +125,7 @@ class SharedFile:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._mapped: mmap.mmap | None = None
         self.close = weakref.finalize(self, os.close, fd)  # callable, once
 
     @classmethod
@@ -127,7 +145,17 @@ class SharedFile:
         if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             raise OSError("larger than this machine's memory")  # a sparse file may be, and would fail when it is used
         os.ftruncate(self._fd, size)
-        return mmap.mmap(self._fd, size, flags=mmap.MAP_SHARED)
+        self._mapped = mmap.mmap(self._fd, size, flags=mmap.MAP_SHARED)
+        return self._mapped
+
+    def populate(self, start: int, size: int) -> bool:
+        """Back these bytes of the mapping, which begin at a page, with memory. False where the system cannot."""
+        assert self._mapped is not None, "mapped first"
+        try:
+            self._mapped.madvise(MADV_POPULATE_WRITE, start, size)
+        except OSError:  # an older kernel, or no memory: then later, page by page
+            return False
+        return True
 
 
 def _zeros(size: int, device: torch.device, file: SharedFile | None) -> Tensor:

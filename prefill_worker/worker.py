@@ -94,6 +94,9 @@ class PrefillWorker:
         self._engine.post_prompts(sum(t.phase in _UNFINISHED for t in self._transfers.values()))
         return bool(scheduled)
 
+    def prepare(self) -> bool:
+        return self._engine.prepare()
+
     def _forward(self, scheduled: list[Scheduled]) -> list[Sampled]:
         """KV leaves by groups of layers while the later layers of the same step are computed."""
         items = [(item, out) for item in scheduled if (out := self._by_sequence[item.sequence].outgoing)]

@@ -90,6 +90,9 @@ class FakeEngine:
         self.closed = False
         self.prompts = 0  # that a prefill worker posted
 
+    def prepare(self) -> bool:
+        return False
+
     def post_prompts(self, count: int) -> None:
         self.prompts = count
 

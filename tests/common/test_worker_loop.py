@@ -21,6 +21,9 @@ class Hanging:
         assert self.go.wait(10)
         return False
 
+    def prepare(self) -> bool:
+        return False
+
     def close(self) -> None: ...
 
 

@@ -13,6 +13,7 @@ import torch
 
 from tandem.common.errors import ConfigError
 from tandem.common.kv_layout import KVLayout
+from tandem.engine import kv_cache
 from tandem.engine.batch import Batch
 from tandem.engine.kv_cache import PagedKVCache, local_layout
 from tandem.engine.runner import pack, unpack
@@ -122,6 +123,25 @@ class TestCache:
         cache.zero([2, 0])
         cache.zero([])
         assert not cache.tensor[[0, 2]].any() and cache.tensor[1].isnan().all()
+
+    def test_an_idle_worker_has_its_cache_in_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """First the beginning, at most READY bytes, and what is written already stays."""
+        monkeypatch.setattr(kv_cache, "READY", 3 * kv_cache.PIECE)
+        cache = PagedKVCache(LAYOUT, 5 * kv_cache.PIECE // LAYOUT.block_bytes, CPU)
+        assert cache.fd is not None
+        cache.tensor[7] = 7.0
+        found = [os.fstat(cache.fd).st_blocks * 512]
+        while cache.prepare():
+            found.append(os.fstat(cache.fd).st_blocks * 512)
+        assert found[0] <= 2 * mmap.PAGESIZE
+        assert found[1:] == [kv_cache.PIECE, 2 * kv_cache.PIECE, 3 * kv_cache.PIECE]
+        assert (cache.tensor[7] == 7.0).all() and cache.tensor.count_nonzero() == cache.tensor[7].numel()
+
+    def test_a_cache_that_cannot_be_prepared_is_used_page_by_page(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kv_cache, "MADV_POPULATE_WRITE", 12345)
+        cache = PagedKVCache(LAYOUT, 2, CPU)
+        assert not cache.prepare() and not cache.prepare()
+        assert not PagedKVCache(LAYOUT, 2, CPU, rank=1, world=2).prepare(), "memory of its own"
 
     def test_memory_is_the_cache_itself(self) -> None:
         cache = PagedKVCache(LAYOUT, 3, CPU)
