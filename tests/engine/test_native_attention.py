@@ -19,7 +19,7 @@ from tandem.engine.kernels import native
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiler for the CPU kernels")
 
 NOWHERE = 1 << 30  # a block that would be read far outside of the cache
-LONG = 1100  # tokens: across tiles of 32 positions and splits of 512, two of them whole
+LONG = 1100  # tokens: across tiles of 64 positions and splits of 512, two of them whole
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ SHAPES = {
     "window-20": Shape(window=20, block_size=4, head_dim=80),
     "window-600": Shape(window=600, block_size=16, group=8, kv_heads=1),
     "bfloat16": Shape(head_dim=64, block_size=16, dtype=torch.bfloat16),
+    "bfloat16-group-5": Shape(group=5, kv_heads=1, head_dim=96, dtype=torch.bfloat16),
+    "bfloat16-head-dim-20": Shape(group=2, head_dim=20, dtype=torch.bfloat16),  # not in whole vectors
     "float16": Shape(head_dim=80, dtype=torch.float16),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())

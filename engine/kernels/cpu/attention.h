@@ -3,20 +3,20 @@
 //   kv of one layer   (blocks, 2, kv_heads, block_size, head_dim), strided; a block table per sequence
 //   rows              the query heads that share a kv head, of one or more tokens: token 0: head 0 … G-1 | token 1: …
 //
-// A task is one kv head of a sequence for MAX_ROWS rows at most. It walks the context in tiles of TILE positions: keys are widened
-// and transposed into panels of 16 positions, values widened, once for all rows; then two products (the ones of
-// matmul.h) with an online softmax in between (FlashAttention-2). Every SPLIT positions the running maximum, sum and
-// values are merged into the total, so a single token's long context can be shared by several threads (flash decoding).
+// A task is one kv head of a sequence for MAX_ROWS rows at most. It walks the context in tiles of TILE positions: keys
+// are widened and transposed once for all rows, and values widened if there are many rows; then two products (the ones
+// of matmul.h; of paged.h for few rows) with an online softmax in between (FlashAttention-2). Every SPLIT positions the
+// running maximum, sum and values are merged into the total, so a single token's long context can be shared by several
+// threads (flash decoding).
 //
 // Invariant: tiles and splits begin at fixed positions, and a row's numbers do not depend on the other rows. So a
 // token's output is the same bits in whichever chunk or batch it is computed.
 #pragma once
 
-#include "matmul.h"
+#include "paged.h"
 
 namespace tandem {
 
-constexpr int TILE = 64;        // positions
 constexpr int SPLIT = 512;      // positions
 constexpr int MAX_ROWS = 96;    // of a task, unless more heads share one kv head
 
@@ -57,13 +57,6 @@ struct Partial {  // of some rows: maxima, sums (rows,), values (rows, width)
     }
 };
 
-// Keys or values of one panel of 16, as `tile` of matmul.h reads weights.
-struct Panels {
-    const float* data;
-    int64_t panel, input;  // strides
-    Vec load(int64_t index, int which, int vec) const { return read<Vec>(data + which * panel + index * input + vec * LANES); }
-};
-
 template <Kind kind> struct Attention {
     const Heads& heads;
     const Step& step;
@@ -72,15 +65,18 @@ template <Kind kind> struct Attention {
     int64_t query_row;
     float* output;       // (T, heads · head_dim)
     int width;           // head_dim, rounded up to whole groups of panels
+    int64_t group = heads.heads / heads.kv_heads;
 
     typedef typename Stored<kind>::Element Element;
 
-    // queries (most, width) | keys (TILE, width) in panels | values (TILE, width) | scores (most, TILE) | 2 partials
-    size_t scratch() const { return size_t(most()) * (width + TILE) + 2 * TILE * width + 2 * Partial::floats(most(), width); }
-    int64_t most() const { return std::max<int64_t>(MAX_ROWS, group()); }
+    // queries (most, width) | keys (width, WIDTH) | values (TILE, width) | scores (most, TILE) | maxima (most,) | 2 partials
+    size_t scratch() const { return tile_scratch() + 2 * Partial::floats(most(), width); }
+    size_t tile_scratch() const { return size_t(most()) * (width + TILE + 1) + (WIDTH + TILE) * width; }
+    int64_t most() const { return std::max<int64_t>(MAX_ROWS, group); }
 
-    // Where `count` positions' elements of this head begin; keys, with values `cache.part` behind.
-    void find(const Task& task, int64_t position, int64_t count, const Element** found) const {
+    // Where elements of a tile's positions before `task.to` begin, (TILE + 1,); keys, with values `cache.part` behind.
+    void find(const Task& task, int64_t position, const Element** found) const {
+        int64_t count = std::min<int64_t>(TILE, task.to - position);
         const int32_t* table = step.tables + task.sequence * step.table_width;
         const Element* head = (const Element*)cache.data + task.kv_head * cache.head;
         int64_t block = position / cache.block_size, offset = position % cache.block_size;
@@ -89,68 +85,56 @@ template <Kind kind> struct Attention {
             const Element* element = head + table[block] * stride + offset * token;
             for (; offset < size && index < count; offset++, element += token) found[index++] = element;
         }
-        for (int64_t index = count; index < TILE; index++) found[index] = found[count - 1];  // masked later
+        for (int64_t index = count; index <= TILE; index++) found[index] = found[count - 1];  // masked later
     }
 
-    // Of the positions behind, which will be asked for next; they are on their way when they are.
-    void fetch(const Task& task, int64_t position, int64_t count) const {
-        const Element* found[TILE];
-        find(task, position, count, found);
-        int64_t part = cache.part, dim = heads.head_dim;
-        for (int64_t index = 0; index < count; index++)
-            for (int64_t at = 0; at < dim; at += 64 / sizeof(Element)) {
-                __builtin_prefetch(found[index] + at);
-                __builtin_prefetch(found[index] + part + at);
-            }
-    }
-
-    // (TILE positions, head_dim) -> [TILE / 16][head_dim][16]
-    void widen_keys(const Element* const* found, int64_t count, float* keys) const {
-        int64_t dim = heads.head_dim, whole = dim / LANES * LANES;
-        for (int64_t index = 0; index < count; index += LANES) {
-            float* panel = keys + index / PANEL * dim * PANEL + index % PANEL;
-            int64_t at = kind == BF16 ? widen_pairs(found + index, whole, panel) : 0;
-            for (; at < whole; at += LANES) {
-                Vec block[LANES];
-                for (int lane = 0; lane < LANES; lane++) block[lane] = Stored<kind>::load(found[index + lane] + at);
-                transpose(block);
-                for (int lane = 0; lane < LANES; lane++) write(panel + (at + lane) * PANEL, block[lane]);
+    // (WIDTH positions, head_dim) -> [head_dim][WIDTH]
+    __attribute__((noinline)) void widen_keys(const Element* const* found, float* keys, Ahead& shared) const {
+        Ahead ahead = shared;  // in registers
+        constexpr int STEP = kind == BF16 ? 2 * LANES : LANES;
+        int64_t dim = heads.head_dim, whole = dim / STEP * STEP;
+        for (int column = 0; column < WIDTH; column += LANES, found += LANES) {
+            for (int64_t at = 0; at < whole; at += STEP) {
+                ahead.next(), ahead.next();
+                widen_block(found, at, keys + at * WIDTH + column);
             }
             for (int lane = 0; lane < LANES; lane++)
-                for (int64_t rest = at; rest < dim; rest++) panel[rest * PANEL + lane] = Stored<kind>::one(found[index + lane][rest]);
+                for (int64_t at = whole; at < dim; at++) keys[at * WIDTH + column + lane] = Stored<kind>::one(found[lane][at]);
         }
+        shared = ahead;
     }
 
-    // The same two elements at a time: transposed as 32 bits, taken apart behind that. How many elements it did.
-    static int64_t widen_pairs(const Element* const* found, int64_t whole, float* panel) {
-        const Ints high = Ints{} + int32_t(0xffff0000);
-        int64_t at = 0;
-        for (; at + 2 * LANES <= whole; at += 2 * LANES) {
-            Vec block[LANES];
-            for (int lane = 0; lane < LANES; lane++) block[lane] = read<Vec>(found[lane] + at);
-            transpose(block);
-            float* column = panel + at * PANEL;
-            for (int lane = 0; lane < LANES; lane++) {
-                write(column + 2 * lane * PANEL, (Vec)((Ints)block[lane] << 16));
-                write(column + (2 * lane + 1) * PANEL, (Vec)((Ints)block[lane] & high));
+    // bfloat16 two elements at a time: transposed as 32 bits, taken apart behind that.
+    static void widen_block(const Element* const* found, int64_t at, float* keys) {
+        Vec block[LANES];
+        for (int lane = 0; lane < LANES; lane++)
+            block[lane] = kind == BF16 ? read<Vec>(found[lane] + at) : Stored<kind>::load(found[lane] + at);
+        transpose(block);
+        for (int lane = 0; lane < LANES; lane++) {
+            if (kind != BF16) {
+                write(keys + lane * WIDTH, block[lane]);
+                continue;
             }
+            write(keys + 2 * lane * WIDTH, first_of((Ints)block[lane]));
+            write(keys + (2 * lane + 1) * WIDTH, second_of((Ints)block[lane]));
         }
-        return at;
     }
 
-    // (count positions, head_dim) -> [TILE][width]
+    // (count positions, head_dim) -> [TILE][width], columns as `Values` has them
     void widen_values(const Element* const* found, int64_t count, float* values) const {
-        int64_t dim = heads.head_dim, whole = dim / LANES * LANES, part = cache.part, row = width;
+        int64_t dim = heads.head_dim, whole = dim / (2 * LANES) * (2 * LANES), row = width;
         for (int64_t index = 0; index < count; index++, values += row) {
-            const Element* value = found[index] + part;
-            for (int64_t at = 0; at < whole; at += LANES) write(values + at, Stored<kind>::load(value + at));
-            for (int64_t at = whole; at < dim; at++) values[at] = Stored<kind>::one(value[at]);
+            for (int64_t at = 0; at < whole; at += 2 * LANES)
+                for (int vec = 0; vec < 2; vec++)
+                    write(values + at + vec * LANES, Values<kind>{found, cache.part + at}.load(index, vec));
+            for (int64_t at = whole; at < dim; at++)
+                values[Values<kind>::column(at)] = Stored<kind>::one(found[index][cache.part + at]);
         }
     }
 
     // Scores of positions out of a row's sight become -inf; those behind `count` too.
     void mask(const Task& task, int64_t row, int64_t position, int64_t count, float* scores) const {
-        int64_t token = task.first + row / group();
+        int64_t token = task.first + row / group;
         int64_t length = step.query_start[task.sequence + 1] - step.query_start[task.sequence];
         int64_t self = step.context_lens[task.sequence] - length + token;  // its own position
         int64_t last = std::min(count, self + 1 - position), first = heads.window ? self - heads.window + 1 - position : 0;
@@ -159,65 +143,71 @@ template <Kind kind> struct Attention {
             if (index < first || index >= last) scores[index] = -std::numeric_limits<float>::infinity();
     }
 
-    int64_t group() const { return heads.heads / heads.kv_heads; }
-
-    // One tile: scores, softmax in place, values.
-    void tile_of(const Task& task, int64_t rows, int64_t position, int64_t to, float* memory, Partial& part) const {
-        int64_t count = std::min<int64_t>(TILE, to - position), dim = heads.head_dim, panel = dim * PANEL;
-        float *queries = memory, *keys = queries + most() * width, *values = keys + TILE * width, *scores = values + TILE * width;
-        const Element* found[TILE];
-        find(task, position, count, found);
-        widen_keys(found, count, keys);
-        if (position + count < to) fetch(task, position + count, std::min<int64_t>(TILE, to - position - count));
+    // One tile, with another ahead or null: scores, softmax in place, values.
+    void tile_of(const Task& task, int64_t position, const Element* const* found, const Element* const* ahead, float* memory,
+                 Partial& part) const {
+        int64_t rows = task.tokens * group, count = std::min<int64_t>(TILE, task.to - position), dim = heads.head_dim;
+        float *queries = memory, *keys = queries + most() * width, *values = keys + WIDTH * width, *scores = values + TILE * width;
+        bool few = rows <= TILE_ROWS, direct = few && dim % WIDTH == 0;  // values used once are not worth widening apart
+        Ahead next_keys = lines(found, ahead, 0), next_values = lines(found, ahead, cache.part);
         std::fill(scores, scores + rows * TILE, 0.0f);
-        for (int column = 0; column < count; column += WIDTH)
-            all_rows(rows, {queries, width}, Panels{keys + column * dim, panel, PANEL}, 0, dim, {scores + column, TILE});
-        for (int64_t row = 0; row < rows; row++) {
-            float* score = scores + row * TILE;
-            for (int column = 0; column < TILE; column += LANES) write(score + column, read<Vec>(score + column) * heads.scale);
-            mask(task, row, position, count, score);
-            soften(score, part.maxima[row], part.sums[row], part.values + row * width);
+        for (int64_t column = 0; column < count; column += WIDTH) {
+            widen_keys(found + column, keys, next_keys);
+            multiply(few, rows, {queries, width}, Floats{keys, WIDTH}, dim, {scores + column, TILE}, next_keys);
         }
-        if (rows <= TILE_ROWS && dim % WIDTH == 0) {  // each value is used once: it is not worth widening apart
-            for (int column = 0; column < width; column += WIDTH)
-                all_rows(rows, {scores, TILE}, Values{found, cache.part + column}, 0, count, {part.values + column, width});
-            return;
+        soften(task, position, count, scores, scores + most() * TILE, part);
+        if (!direct) widen_values(found, count, values);
+        for (int column = 0; column < width; column += WIDTH) {
+            Sums sums{part.values + column, width};
+            if (direct) few_rows(rows, {scores, TILE}, Values<kind>{found, cache.part + column}, count, sums, next_values);
+            else multiply(few, rows, {scores, TILE}, Floats{values + column, width}, count, sums, next_values);
         }
-        widen_values(found, count, values);
-        for (int column = 0; column < width; column += WIDTH)
-            all_rows(rows, {scores, TILE}, Panels{values + column, PANEL, width}, 0, count, {part.values + column, width});
+        next_keys.rest(), next_values.rest();
     }
 
-    struct Values {  // straight from the cache
-        const Element* const* found;
-        int64_t from;
-        Vec load(int64_t index, int which, int vec) const {
-            return Stored<kind>::load(found[index] + from + which * PANEL + vec * LANES);
-        }
-    };
+    Ahead lines(const Element* const* found, const Element* const* ahead, int64_t part) const {
+        auto begin = (const char* const*)(ahead ? ahead : found);
+        int64_t first = part * int64_t(sizeof(Element)), size = heads.head_dim * int64_t(sizeof(Element));
+        return {begin, ahead ? begin + TILE : begin, first, first + size};
+    }
 
-    // Online softmax of one row's tile: scores become weights, what was summed before is scaled to the new maximum.
-    void soften(float* score, float& maximum, float& total, float* values) const {
-        Vec most = read<Vec>(score);
-        for (int column = LANES; column < TILE; column += LANES) most = largest(read<Vec>(score + column), most);
-        float grown = largest(largest(broadcast(maximum), most));
-        if (grown == -std::numeric_limits<float>::infinity()) {  // it sees nothing here
-            std::fill(score, score + TILE, 0.0f);
-            return;
+    static void multiply(bool few, int64_t rows, const Rows& x, const Floats& source, int64_t count, const Sums& sums, Ahead& ahead) {
+        few ? few_rows(rows, x, source, count, sums, ahead) : all_rows(rows, x, source, 0, count, sums);
+    }
+
+    // Online softmax: scores become weights, what was summed before is scaled to the new maxima `grown`.
+    void soften(const Task& task, int64_t position, int64_t count, float* scores, float* grown, Partial& part) const {
+        int64_t rows = task.tokens * group;
+        for (int64_t row = 0; row < rows; row++) {
+            mask(task, row, position, count, scores + row * TILE);
+            grown[row] = largest(largest(broadcast(part.maxima[row]), highest(scores + row * TILE)));
         }
-        Vec added = Vec{};
-        for (int column = 0; column < TILE; column += LANES) {
-            Vec weight = exponential(read<Vec>(score + column) - grown);
-            write(score + column, weight);
-            added += weight;
+        for (int64_t row = 0; row < rows; row++) {
+            float* score = scores + row * TILE;
+            float base = grown[row] == -std::numeric_limits<float>::infinity() ? 0.0f : grown[row];  // it sees nothing yet
+            Vec added = Vec{};
+            for (int column = 0; column < TILE; column += LANES) {
+                Vec weight = exponential(read<Vec>(score + column) - base);
+                write(score + column, weight);
+                added += weight;
+            }
+            if (grown[row] != part.maxima[row]) decay(row, exponential(broadcast(part.maxima[row] - base)), part);
+            part.sums[row] += sum(added);
+            part.maxima[row] = grown[row];
         }
-        if (grown != maximum) {
-            float decay = exponential(broadcast(maximum - grown))[0];
-            total *= decay;
-            for (int column = 0; column < width; column += LANES) write(values + column, read<Vec>(values + column) * decay);
-        }
-        total += sum(added);
-        maximum = grown;
+    }
+
+    static Vec highest(const float* score) {  // of TILE, by lane; in two chains that do not wait for each other
+        Vec most[2] = {read<Vec>(score), read<Vec>(score + LANES)};
+        for (int column = 2 * LANES; column < TILE; column += 2 * LANES)
+            for (int which = 0; which < 2; which++) most[which] = largest(read<Vec>(score + column + which * LANES), most[which]);
+        return largest(most[0], most[1]);
+    }
+
+    void decay(int64_t row, Vec factor, Partial& part) const {
+        float* values = part.values + row * width;
+        part.sums[row] *= factor[0];
+        for (int column = 0; column < width; column += LANES) write(values + column, read<Vec>(values + column) * factor);
     }
 
     // total <- total and part, for each row
@@ -236,40 +226,51 @@ template <Kind kind> struct Attention {
         }
     }
 
-    void split(const Task& task, int64_t rows, int64_t from, int64_t to, float* memory, Partial& part) const {
-        part.clear(rows, width);
-        for (int64_t position = from; position < to; position += TILE)
-            tile_of(task, rows, position, to, memory, part);
+    // A task of one split, and what follows it, if anything does: its first tile is fetched behind our last.
+    void split(const Task& task, const Task* next, float* memory, Partial& part) const {
+        const Element *memories[2][TILE + 1], **found = memories[0], **ahead = memories[1];
+        part.clear(task.tokens * group, width);
+        find(task, task.from, found);
+        for (int64_t position = task.from; position < task.to; position += TILE) {
+            bool last = position + TILE >= task.to;
+            if (!last) find(task, position + TILE, ahead);
+            else if (next) find(*next, next->from, ahead);
+            tile_of(task, position, found, last && !next ? nullptr : ahead, memory, part);
+            std::swap(found, ahead);
+        }
     }
 
+    // Queries come scaled, so that scores are.
     void gather_queries(const Task& task, float* queries) const {
-        for (int64_t row = 0; row < task.tokens * group(); row++) {
-            int64_t token = step.query_start[task.sequence] + task.first + row / group();
-            const float* from = query + token * query_row + (task.kv_head * group() + row % group()) * heads.head_dim;
-            std::memcpy(queries + row * width, from, heads.head_dim * sizeof(float));
+        for (int64_t row = 0; row < task.tokens * group; row++) {
+            int64_t token = step.query_start[task.sequence] + task.first + row / group;
+            const float* from = query + token * query_row + (task.kv_head * group + row % group) * heads.head_dim;
+            for (int at = 0; at < heads.head_dim; at++) queries[row * width + at] = from[at] * heads.scale;
         }
     }
 
     void store(const Task& task, const Partial& total) const {
-        for (int64_t row = 0; row < task.tokens * group(); row++) {
-            int64_t token = step.query_start[task.sequence] + task.first + row / group();
-            float* to = output + (token * heads.heads + task.kv_head * group() + row % group()) * heads.head_dim;
-            for (int at = 0; at < heads.head_dim; at++) to[at] = total.values[row * width + at] / total.sums[row];
+        for (int64_t row = 0; row < task.tokens * group; row++) {
+            int64_t token = step.query_start[task.sequence] + task.first + row / group;
+            float* to = output + (token * heads.heads + task.kv_head * group + row % group) * heads.head_dim;
+            const float* values = total.values + row * width;
+            for (int at = 0; at < heads.head_dim; at++) to[at] = values[Values<kind>::column(at)] / total.sums[row];
         }
     }
 
-    void compute(const Task& task, float* memory, float* partials) const {
-        int64_t rows = task.tokens * group();
+    void compute(const Task& task, const Task* next, float* memory, float* partials) const {
+        int64_t rows = task.tokens * group;
         gather_queries(task, memory);
         if (task.slot >= 0) {
             Partial part(partials + task.slot * Partial::floats(rows, width), rows);
-            return split(task, rows, task.from, task.to, memory, part);
+            return split(task, next, memory, part);
         }
-        float* rest = memory + most() * (width + TILE) + 2 * TILE * width;
+        float* rest = memory + tile_scratch();
         Partial total(rest, rows), part(rest + Partial::floats(rows, width), rows);
         total.clear(rows, width);
-        for (int64_t from = task.from; from < task.to; from = (from / SPLIT + 1) * SPLIT) {
-            split(task, rows, from, std::min((from / SPLIT + 1) * SPLIT, task.to), memory, part);
+        for (Task piece = task, later = task; piece.from < task.to; piece.from = later.from) {
+            later.from = piece.to = std::min((piece.from / SPLIT + 1) * SPLIT, task.to);
+            split(piece, later.from < task.to ? &later : next, memory, part);
             merge(rows, total, part);
         }
         store(task, total);
@@ -278,7 +279,7 @@ template <Kind kind> struct Attention {
     // The tasks of one sequence and kv head.
     void plan(int64_t sequence, int64_t kv_head, std::vector<Task>& tasks, int64_t& slots) const {
         int64_t length = step.query_start[sequence + 1] - step.query_start[sequence], context = step.context_lens[sequence];
-        int64_t most = std::max<int64_t>(1, MAX_ROWS / group());
+        int64_t most = std::max<int64_t>(1, MAX_ROWS / group);
         for (int64_t first = 0; first < length; first += most) {
             int64_t tokens = std::min(most, length - first), past = context - length + first;
             int64_t from = heads.window ? std::max<int64_t>(0, past - heads.window + 1) / TILE * TILE : 0, to = past + tokens;
@@ -299,24 +300,26 @@ template <Kind kind> struct Attention {
         std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {  // the longest first
             return a.tokens * (a.to - a.from) > b.tokens * (b.to - b.from);
         });
-        std::vector<float> partials(slots * Partial::floats(group(), width));
+        std::vector<float> partials(slots * Partial::floats(group, width));
+        size_t stride = team.welcome(nanoseconds());  // from a thread's task to its next, about
         team.run(tasks.size(), [&](int64_t index, int thread) {
-            compute(tasks[index], team.scratch(thread, scratch()), partials.data());
+            const Task* next = index + stride < tasks.size() ? &tasks[index + stride] : nullptr;
+            compute(tasks[index], next, team.scratch(thread, scratch()), partials.data());
         });
         if (slots) combine(tasks, partials.data());
     }
 
     // The partial results of single tokens, in the order of their positions.
     void combine(std::vector<Task>& tasks, float* partials) const {
-        std::vector<float> memory(Partial::floats(group(), width));
-        Partial total(memory.data(), group());
+        std::vector<float> memory(Partial::floats(group, width));
+        Partial total(memory.data(), group);
         std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.slot < b.slot; });
         for (size_t index = 0; index < tasks.size(); index++) {
             const Task& task = tasks[index];
             if (task.slot < 0) continue;
             bool begins = task.slot == 0 || tasks[index - 1].sequence != task.sequence || tasks[index - 1].kv_head != task.kv_head;
-            if (begins) total.clear(group(), width);
-            merge(group(), total, Partial(partials + task.slot * Partial::floats(group(), width), group()));
+            if (begins) total.clear(group, width);
+            merge(group, total, Partial(partials + task.slot * Partial::floats(group, width), group));
             if (task.to == step.context_lens[task.sequence]) store(task, total);
         }
     }
