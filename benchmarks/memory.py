@@ -12,6 +12,7 @@ import sys
 
 import httpx
 import psutil
+from server import router_listening_on
 
 from tandem.cluster.bench.options import BenchOptions
 from tandem.cluster.bench.run import Server, find, measure
@@ -23,15 +24,6 @@ def processes(url: str, router_pid: int | None) -> dict[str, psutil.Process]:
     workers = httpx.get(f"{url}/status", timeout=10.0).raise_for_status().json()["workers"]
     found = {worker["name"]: psutil.Process(worker["pid"]) for worker in workers}
     return found | ({"router": psutil.Process(router_pid)} if router_pid else {})
-
-
-def router_listening_on(url: str) -> int | None:
-    """The process behind the port; None where the system does not tell."""
-    port = httpx.URL(url).port
-    for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr)[1:] == (port,):
-            return connection.pid
-    return None
 
 
 def row(label: str, watched: dict[str, psutil.Process]) -> None:

@@ -1,6 +1,6 @@
 """What one engine step costs, without a server: against batch size, context and chunk, beside what it should cost.
 
-    python benchmarks/step.py --threads 1 --save step.json --plot step.png
+    python benchmarks/step.py --threads 1 --save step.json --plot step.svg
     python benchmarks/step.py MODEL --dtype bfloat16 --batches 1,8,64 --contexts 512,4096 --chunks 128,512
 
 Without MODEL: one of SmolLM2-135M's shape, random weights. `expected` is the time for reading all weights and the KV in
@@ -27,7 +27,9 @@ from typing import Any
 
 import torch
 from limits import Limits, describe, measure_limits
+from picture import Curve, Panel, draw
 
+from tandem.cluster.bench.report import Spread
 from tandem.common.request import Leg, SamplingParams
 from tandem.engine.batch import Scheduled
 from tandem.engine.config import EngineConfig
@@ -205,29 +207,24 @@ def line(point: Point) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+EXPECTED = "bytes of weights and KV / read rate + operations / their rate"
+AXES = {"batch": "sequences at a time", "context": "tokens in sight of each sequence", "chunk": "tokens of the chunk"}
+
+
 def plot(points: list[Point], path: Path, title: str) -> None:
-    """A panel a sweep: measured points, the expected line beside them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = (("batch", "sequences"), ("context", "context"), ("chunk", "new"))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(15, 4.5), layout="constrained")
-    for axis, (panel, field) in zip(axes, panels, strict=True):
-        for index, sweep in enumerate(sorted({point.sweep for point in points if point.sweep.startswith(panel)})):
+    """A panel for the batches, the contexts and the chunks: measured points, and the expected line beside them."""
+    panels = list[Panel]()
+    for kind, x_label in AXES.items():
+        curves = list[Curve]()
+        for sweep in dict.fromkeys(point.sweep for point in points if point.sweep.startswith(kind)):
             chosen = [point for point in points if point.sweep == sweep]
-            x = [getattr(point, field) for point in chosen]
-            milliseconds = [point.seconds * 1e3 for point in chosen]
-            spread = [[(p.seconds - p.least) * 1e3 for p in chosen], [(p.most - p.seconds) * 1e3 for p in chosen]]
-            axis.errorbar(x, milliseconds, yerr=spread, fmt="o", capsize=3, color=f"C{index}", label=sweep)
-            axis.plot(x, [p.expected * 1e3 for p in chosen], "--", color=f"C{index}", label=f"{sweep}: expected")
-        axis.set(xlabel={"sequences": "sequences", "context": "tokens in sight", "new": "tokens of the chunk"}[field])
-        axis.set(ylabel="ms a step", xscale="log", yscale="log")
-        axis.legend()
-    figure.suptitle(title)
-    figure.savefig(path)
-    pyplot.close(figure)
+            x = [{"batch": p.sequences, "context": p.context, "chunk": p.new}[kind] for p in chosen]
+            measured = [Spread(p.seconds * 1e3, p.least * 1e3, p.most * 1e3) for p in chosen]
+            text = "expected" if not curves else ""
+            curves.append(Curve(sweep, x, measured, [p.expected * 1e3 for p in chosen], text))
+        if curves:
+            panels.append(Panel(x_label, "ms a step", curves))
+    draw(panels, title, path)
 
 
 def integers(text: str) -> list[int]:
@@ -278,7 +275,7 @@ def main() -> int:
         result = {"limits": asdict(limits), "threads": arguments.threads, "block_bytes": [wanted, resident]}
         arguments.save.write_text(json.dumps({**result, "points": [asdict(point) for point in points]}, indent=1))
     if arguments.plot:
-        plot(points, arguments.plot, header)
+        plot(points, arguments.plot, f"One step of the engine; expected: {EXPECTED}\n{header}")
     return 0
 
 

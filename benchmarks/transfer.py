@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from server import processor_time
 
 from tandem.common.errors import ConfigError, TransferFailed
 from tandem.common.handoff import (
@@ -60,8 +61,6 @@ SHAPES = {
     "llama-3.1-8b": KVLayout("benchmark", "bfloat16", 16, layers=32, kv_heads=8, head_dim=128),  # 2 MiB a block
     "small": KVLayout("benchmark", "float32", 16, layers=4, kv_heads=2, head_dim=64),  # 65,536 bytes a block
 }
-
-
 Spent = tuple[float, float]  # seconds by the clock, and of a processor at the busier end
 
 
@@ -123,11 +122,6 @@ class SocketChannel:
 
 def context_of(channel: SocketChannel, cache: PagedKVCache) -> Context:
     return Context(channel, cache.layout, cache.memory.device, memory=cache.memory, fd=cache.fd)
-
-
-def processor_time(pid: int) -> float:
-    """Seconds that all threads of a process have run."""
-    return time.clock_gettime((~pid << 3) | 2)  # as clock_getcpuclockid(3) makes it, which Python lacks
 
 
 def shuffled(count: int, seed: int) -> list[int]:
