@@ -5,6 +5,7 @@
 Parts run one behind the other, each in a process of its own with a share of the time, so none can take the others
 along. What a device can do is measured first: bytes by the better of a copy and a sum, products by one of 8192³. The
 model has Llama-3.1-8B's shape in bfloat16 and random weights; a step is Engine.forward, with sampling and host work.
+Where the device computes in FP8, the same again with weights and KV cache in it.
 Exit code 2 without a GPU, 1 if a part failed. (Not called cuda.py: torch would import that for NVIDIA's `cuda`.)
 """
 
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from tandem.engine.batch import Scheduled  # noqa: E402
 from tandem.engine.config import EngineConfig  # noqa: E402
 from tandem.engine.engine import Engine  # noqa: E402
 from tandem.engine.models.layers import Slot  # noqa: E402
+from tandem.engine.quantization import float8  # noqa: E402
 from tandem.engine.sequence import Sequence  # noqa: E402
 
 LLAMA_8B: dict[str, Any] = {
@@ -44,7 +46,9 @@ LLAMA_8B: dict[str, Any] = {
     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 8192},
 }  # fmt: skip
-SECONDS = {"device": 40, "engine": 240, "transformers": 140, "connectors": 120, "tests": 240}  # at most, and in order
+SECONDS = {  # at most, and in order
+    "device": 40, "engine": 240, "fp8": 180, "transformers": 140, "connectors": 120, "tests": 240,
+}  # fmt: skip
 Figures = dict[str, Any]
 
 
@@ -61,6 +65,7 @@ class Setting:
     output: int = 128
     kv_bytes: int = 22 << 30
     steps: int = 30
+    float8: bool = False  # weights and KV cache
 
 
 def synchronize() -> None:
@@ -91,7 +96,13 @@ def device_part() -> Figures:
     read = words.nbytes / seconds(words.sum, 10)
     left, right = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     matrix = 2 * 8192**3 / seconds(lambda: left @ right, 20)
+    narrow = float("nan")
+    if float8.has_float8(left.device):
+        codes, scales = float8.quantize(left)
+        weight = float8.Float8Weight(codes, scales)
+        narrow = 2 * 8192**3 / seconds(lambda: weight.product(right, None), 20)  # with the rounding of `right`
     return {
+        "FP8 matrix TFLOP/s": narrow / 1e12,
         "name": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "copy GB/s": copy / 1e9, "read GB/s": read / 1e9, "matrix TFLOP/s": matrix / 1e12,
     }  # fmt: skip
@@ -107,7 +118,9 @@ def fill_on_device(slots: Iterable[Slot], seed: int) -> None:
             slot.target.fill_(1.0)
         else:
             limit = (3.0 / slot.shape[-1]) ** 0.5
-            slot.target.uniform_(-limit, limit)
+            shape = list(slot.shape)
+            shape[slot.axis] = slot.size
+            slot.put(torch.empty(shape, device="cuda" if torch.cuda.is_available() else "cpu").uniform_(-limit, limit))
 
 
 class Workload:
@@ -115,15 +128,17 @@ class Workload:
 
     def __init__(self, directory: Path, setting: Setting) -> None:
         self.setting = setting
+        fp8: Figures = {"quantization": "fp8", "kv_cache_dtype": "fp8"} if setting.float8 else {}
         config = EngineConfig(
-            model=str(directory), load_format="dummy", device=setting.device, dtype="bfloat16",
+            model=str(directory), load_format="dummy", device=setting.device, dtype="bfloat16", **fp8,
             kv_cache_memory_bytes=setting.kv_bytes, max_num_batched_tokens=setting.prefill,
             max_num_seqs=max(setting.requests, *(count for count, _ in setting.decodes)),
         )  # fmt: skip
         rank.fill_random = fill_on_device
         self.engine = Engine.load(config)
         self.runner: Any = self.engine._rank.runner
-        self.engine._rank.cache.tensor.normal_()
+        for layer in self.engine._rank.cache.layers:
+            layer.copy_(torch.randn(layer.shape, dtype=torch.bfloat16, device=layer.device))
 
     def sequences(self, count: int, length: int, room: int = 0) -> list[Sequence]:
         """Of `length` tokens each, and blocks for `room` more."""
@@ -184,7 +199,8 @@ class Workload:
 
     def weight_bytes(self) -> int:
         """That a decode step reads: all but the embedding, of which it reads a few rows."""
-        return 2 * (self.layer_weights() + self.setting.config["vocab_size"] * self.setting.config["hidden_size"])
+        head = self.setting.config["vocab_size"] * self.setting.config["hidden_size"]
+        return (1 if self.setting.float8 else 2) * self.layer_weights() + 2 * head
 
     def layer_weights(self) -> int:
         config = self.setting.config
@@ -201,6 +217,12 @@ class Workload:
         config = self.setting.config
         width = config["num_attention_heads"] * config["head_dim"]
         return 2 * tokens * self.layer_weights() + 2 * tokens * tokens * width * config["num_hidden_layers"]
+
+
+def fp8_part(directory: Path, setting: Setting) -> Figures:
+    if setting.device == "cuda" and not float8.has_float8(torch.device("cuda")):
+        return {}
+    return engine_part(directory, replace(setting, float8=True))
 
 
 def engine_part(directory: Path, setting: Setting) -> Figures:
@@ -253,7 +275,7 @@ def tests_part() -> Figures:
     """The kernels' tests and all that are marked gpu, without this project's pytest plugins."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(ROOT)]
     pytest += ["-o", "pythonpath=.", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    files = [f"tests/engine/test_{name}.py" for name in ("attention", "fused", "graphs")]
+    files = [f"tests/engine/test_{name}.py" for name in ("attention", "fused", "graphs", "float8")]
     runs = {"kernels": files, "gpu": ["-m", "gpu", "tests/kv_transfer/test_connectors.py"]}
     figures: Figures = {}
     for name, arguments in runs.items():
@@ -272,21 +294,11 @@ def table(results: Figures) -> str:
     """Markdown: what was measured, as a share of what the device can do, and the target."""
     rows = [("measure", "figure", "share", "target")]
     device, engine = results.get("device", {}), results.get("engine", {})
-    bandwidth = max(device.get("copy GB/s", 0), device.get("read GB/s", 0)) * 1e9 or float("nan")
-    matrix = device.get("matrix TFLOP/s", float("nan")) * 1e12
-    targets = {(1, 128): "≥ 85 %", (64, 2048): "≥ 70 %"}
-    for name in ("copy GB/s", "read GB/s", "matrix TFLOP/s"):
+    for name in ("copy GB/s", "read GB/s", "matrix TFLOP/s", "FP8 matrix TFLOP/s"):
         rows.append((name, f"{device.get(name, float('nan')):.0f}", "", ""))
-    for row in engine.get("decode", []):
-        share = row["bytes"] / (row["ms"] / 1e3) / bandwidth
-        what = f"decode, {row['sequences']} × {row['context']} tokens"
-        figure = (
-            f"{row['ms']:.2f} ms {'by graph' if engine['graphs'] else 'WITHOUT graphs'} (eager {row['eager ms']:.2f})"
-        )
-        rows.append((what, figure, f"{share:.0%}", targets.get((row["sequences"], row["context"]), "")))
-    if prefill := engine.get("prefill"):
-        share = prefill["flop"] / (prefill["ms"] / 1e3) / matrix
-        rows.append((f"prefill, {prefill['tokens']} tokens", f"{prefill['ms']:.1f} ms", f"{share:.0%}", "≥ 60 %"))
+    targets = {(1, 128): "≥ 85 %", (64, 2048): "≥ 70 %", "prefill": "≥ 60 %"}
+    rows += step_rows("", engine, device, targets)
+    rows += step_rows("FP8 ", results.get("fp8", {}), device, {})
     if serve := engine.get("serve"):
         peer = results.get("transformers", {}).get("tokens/s", float("nan"))
         figure = f"{serve['tokens/s']:.0f} tokens/s (transformers {peer:.0f})"
@@ -302,6 +314,24 @@ def table(results: Figures) -> str:
     failed = [f"{name} failed: {part['error'].splitlines()[-1]}" for name, part in results.items() if "error" in part]
     head = f"{device.get('name', 'unknown device')}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     return "\n".join([head, "", *(f"| {' | '.join(row)} |" for row in rows), "", *failed]) + "\n"
+
+
+def step_rows(kind: str, engine: Figures, device: Figures, targets: dict[Any, str]) -> list[tuple[str, str, str, str]]:
+    """Of the part `engine`, whose products are of `kind`."""
+    bandwidth = max(device.get("copy GB/s", 0), device.get("read GB/s", 0)) * 1e9 or float("nan")
+    rows = list[tuple[str, str, str, str]]()
+    for row in engine.get("decode", []):
+        share = row["bytes"] / (row["ms"] / 1e3) / bandwidth
+        what = f"{kind}decode, {row['sequences']} × {row['context']} tokens"
+        figure = (
+            f"{row['ms']:.2f} ms {'by graph' if engine['graphs'] else 'WITHOUT graphs'} (eager {row['eager ms']:.2f})"
+        )
+        rows.append((what, figure, f"{share:.0%}", targets.get((row["sequences"], row["context"]), "")))
+    if prefill := engine.get("prefill"):
+        share = prefill["flop"] / (prefill["ms"] / 1e3) / (device.get(f"{kind}matrix TFLOP/s", float("nan")) * 1e12)
+        what, figure = f"{kind}prefill, {prefill['tokens']} tokens", f"{prefill['ms']:.1f} ms"
+        rows.append((what, figure, f"{share:.0%}", targets.get("prefill", "")))
+    return rows
 
 
 def run_part(name: str, directory: Path, limit: float) -> Figures:
@@ -352,6 +382,7 @@ def main() -> int:
     parts: dict[str, Callable[[], Figures]] = {
         "device": device_part,
         "engine": lambda: engine_part(model, setting),
+        "fp8": lambda: fp8_part(model, setting),
         "transformers": lambda: transformers_part(model, setting),
         "connectors": connectors_part,
         "tests": tests_part,

@@ -138,9 +138,9 @@ def pack(kind: str, outputs: int, inputs: int) -> tuple[Packed, float]:
     if kind in ("int8", "int4"):
         bits = int(kind[3:])
         groups = 1 if bits == 8 else -(-inputs // 64)
-        codes = torch.randint(0, 16, (outputs, inputs)).to(torch.int8 if bits == 8 else torch.uint8)
+        codes = torch.randint(2**bits, (outputs, inputs), dtype=torch.uint8)
         scales = torch.full((outputs, groups), 0.01)
-        packed = native.pack_codes(codes, scales, None if bits == 8 else torch.full_like(scales, 8.0), bits)
+        packed = native.pack_codes(codes, scales, torch.full_like(scales, 2.0 ** (bits - 1)), bits)
     else:
         packed = native.pack(torch.randn(outputs, inputs).to(getattr(torch, kind)))
     return packed, float(sum(tensor.nbytes for tensor in packed.tensors))

@@ -53,6 +53,7 @@ class Check:
 
 def check(engine: EngineConfig, kv_connector: str, elsewhere: bool) -> Verdict:
     """Raises ConfigError or ModelError."""
+    from tandem.common.kv_layout import FLOAT8
     from tandem.common.tokenizer import Tokenizer
     from tandem.engine.attention import create_attention
     from tandem.engine.plan import Plan
@@ -65,7 +66,7 @@ def check(engine: EngineConfig, kv_connector: str, elsewhere: bool) -> Verdict:
     plan = Plan.make(engine)
     choose(kv_connector, plan.device(0))
     if engine.attention_backend != "auto":
-        create_attention(engine.attention_backend, plan.device(0))
+        create_attention(engine.attention_backend, plan.device(0), plan.layout.dtype == FLOAT8)
     tokenizer = Tokenizer.load(plan.checkpoint.directory)
     return Verdict(directory=str(plan.checkpoint.directory), chat=tokenizer.chat_template.source is not None)
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOAT8 = "float8_e4m3fn"
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, FLOAT8: 1}
 
 
 MAX_BLOCK_SIZE = 1024  # tokens
@@ -20,7 +21,7 @@ MAX_BLOCK_SIZE = 1024  # tokens
 @dataclass(frozen=True, slots=True)
 class KVLayout:
     revision: str  # of the model: hex digest over configuration and weights
-    dtype: str  # key of ELEMENT_BYTES
+    dtype: str  # of keys and values; key of ELEMENT_BYTES
     block_size: int  # tokens
     layers: int
     kv_heads: int  # of the whole model

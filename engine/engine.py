@@ -35,6 +35,7 @@ class Engine:
 
     def __init__(self, plan: Plan, rank: Rank, followers: Followers) -> None:
         self.layout = plan.layout
+        self.dtype, self.quantization = plan.dtype, plan.quantization or "none"
         self.store = rank.cache if rank.group.world == 1 else ShardedStore(plan.layout, rank, followers)
         self.num_blocks = rank.cache.num_blocks
         self.max_model_len = _fitting_len(plan, self.num_blocks)
@@ -111,7 +112,9 @@ class Engine:
         """What was loaded and chosen, and why; for people."""
         return {
             "device": str(self.device),
-            "dtype": self.layout.dtype,
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+            "kv_cache_dtype": self.layout.dtype,
             "kv_blocks": self.num_blocks,
             "kv_tokens": self.num_blocks * self.layout.block_size,
             "max_model_len": self.max_model_len,
@@ -133,10 +136,10 @@ class Engine:
                 raise InvalidRequest(f"request {identity} has a token id outside 0 … {self.vocab_size - 1}")
 
     def _announce(self, plan: Plan) -> None:
-        logger.info("Model: %s in %s, revision %.12s", plan.model.architecture, self.layout.dtype, self.layout.revision)
+        logger.info("Model: %s in %s, revision %.12s", plan.model.architecture, plan.dtype, self.layout.revision)
         tokens = self.num_blocks * self.layout.block_size
         concurrency = tokens / self.max_model_len
-        logger.info("KV cache size: %d tokens in %d blocks", tokens, self.num_blocks)
+        logger.info("KV cache size: %d tokens in %d blocks of %s", tokens, self.num_blocks, self.layout.dtype)
         logger.info("Maximum concurrency for %d tokens per request: %.2fx", self.max_model_len, concurrency)
         logger.info("Attention backend: %s (%s) on %s", self.attention_backend, self.why, self.device)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tandem.common.errors import ConfigError
-from tandem.common.kv_layout import ELEMENT_BYTES, KVLayout
+from tandem.common.kv_layout import ELEMENT_BYTES, FLOAT8, KVLayout
 from tandem.common.model_dir import resolve_model
 from tandem.engine.checkpoint import Checkpoint
 from tandem.engine.config import EngineConfig
@@ -21,12 +21,15 @@ from tandem.engine.models.config import ModelConfig
 from tandem.engine.models.layers import Placement
 from tandem.engine.models.registry import parse_config
 from tandem.engine.models.transformer import Transformer
+from tandem.engine.quantization import float8
+from tandem.engine.quantization.fp8 import FP8
 
 logger = logging.getLogger(__name__)
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
-QUANTIZATIONS = {"int8": 8, "int4": 4}  # bits
+QUANTIZATIONS = {"int8": 8, "int4": 4, "fp8": None}  # codes' bits
+KV_CACHE_DTYPES = ("auto", "fp8")
 DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
@@ -37,6 +40,8 @@ class Plan:
     config: EngineConfig  # `model` is a directory
     model: ModelConfig
     checkpoint: Checkpoint
+    dtype: str  # of weights and activations
+    quantization: str | None  # of weights: asked for, or fp8 where a checkpoint has it and the device computes it
     layout: KVLayout
     device_type: str  # cpu | cuda
     max_model_len: int  # asked for, or the model's own; the KV cache may hold less
@@ -48,36 +53,45 @@ class Plan:
         directory = resolve_model(config.model)
         checkpoint = Checkpoint.open(directory, weights=config.load_format != "dummy")
         model = parse_config(checkpoint.config, checkpoint.directory / "config.json")
-        if config.load_format != "dummy":
-            place = Placement(torch.device("meta"), torch.float32, Group())
-            check_weights(checkpoint, Transformer(model, place).slots())
         _check_split(model, config.tensor_parallel_size)
+        if config.load_format != "dummy":
+            place = Placement(torch.device("meta"), torch.float32, Group(0, config.tensor_parallel_size))
+            check_weights(checkpoint, Transformer(model, place).slots())
         device_type = _device_type(config)
-        _check_quantization(config, device_type)
+        dtype = _dtype(config, model, checkpoint, device_type)
+        quantization = _quantization(config, checkpoint, device_type, dtype)
         _check_deterministic(config, device_type)
         layout = KVLayout(
-            revision=_revision(config, checkpoint),
-            dtype=_dtype(config, model, checkpoint, device_type),
+            revision=_revision(config, checkpoint, dtype, quantization),
+            dtype=FLOAT8 if config.kv_cache_dtype == "fp8" else dtype,
             block_size=config.block_size,
             layers=model.layers,
             kv_heads=model.kv_heads,
             head_dim=model.head_dim,
         )
         max_len = _max_model_len(config, model)
-        return cls(replace(config, model=str(directory)), model, checkpoint, layout, device_type, max_len)
+        config = replace(config, model=str(directory))
+        return cls(config, model, checkpoint, dtype, quantization, layout, device_type, max_len)
 
     @property
     def bits(self) -> int | None:
-        """Of a weight that is quantized at load."""
-        return QUANTIZATIONS[self.config.quantization] if self.config.quantization else None
+        """Of the codes of a weight that is quantized at load."""
+        return QUANTIZATIONS[self.quantization] if self.quantization else None
+
+    def in_float8(self, name: str) -> bool:
+        """Whether the weight `name` of a linear layer is held in FP8. A checkpoint that has some so leaves others out
+        for a reason."""
+        published = _published_float8(self.checkpoint)
+        return self.quantization == "fp8" and (not published or name in published)
 
     def device(self, rank: int) -> torch.device:
         return torch.device("cuda", rank) if self.device_type == "cuda" else torch.device("cpu")
 
 
 def _check_flags(config: EngineConfig) -> None:
-    for flag, value, choices in (("load_format", config.load_format, LOAD_FORMATS), ("device", config.device, DEVICES)):
-        if value not in choices:
+    choices_of = {"load_format": LOAD_FORMATS, "device": DEVICES, "kv_cache_dtype": KV_CACHE_DTYPES}
+    for flag, choices in choices_of.items():
+        if (value := getattr(config, flag)) not in choices:
             raise ConfigError(f"{flag} {value!r} is unknown; supported: {', '.join(choices)}")
     for flag in ("block_size", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
         if (count := getattr(config, flag)) < 1:
@@ -86,14 +100,34 @@ def _check_flags(config: EngineConfig) -> None:
         raise ConfigError(f"gpu_memory_utilization must be in (0, 1], not {config.gpu_memory_utilization}")
 
 
-def _check_quantization(config: EngineConfig, device_type: str) -> None:
+def _quantization(config: EngineConfig, checkpoint: Checkpoint, device_type: str, dtype: str) -> str | None:
+    """What the weights are held in."""
     if config.quantization is None:
-        return
+        return "fp8" if _published_float8(checkpoint) and not _float8_fault(device_type, dtype) else None
     if config.quantization not in QUANTIZATIONS:
         kinds = ", ".join(QUANTIZATIONS)
         raise ConfigError(f"quantization {config.quantization!r} is unknown; supported: {kinds}")
-    if not _native(config, device_type):
+    if config.quantization == "fp8" and (fault := _float8_fault(device_type, dtype)):
+        raise ConfigError(f"quantization fp8 {fault}")
+    if config.quantization != "fp8" and not _native(config, device_type):
         raise ConfigError(f"quantization {config.quantization} needs {_NATIVE}; leave it out, or use those")
+    return config.quantization
+
+
+def _float8_fault(device_type: str, dtype: str) -> str:
+    """Why weights in FP8 cannot be multiplied here; empty if they can."""
+    if device_type != "cuda":
+        return f"needs {float8.CAPABILITY}: CPUs have no products in FP8; use int8 or int4 there"
+    if not float8.has_float8(torch.device("cuda", 0)):
+        return f"needs {float8.CAPABILITY}, which this one is not; leave it out"
+    if dtype != "bfloat16":
+        return f"needs dtype bfloat16, which its products come out in, not {dtype}; add --dtype bfloat16"
+    return ""
+
+
+def _published_float8(checkpoint: Checkpoint) -> set[str]:
+    """Names of the weights that the checkpoint has in FP8."""
+    return {name for name, entry in checkpoint.entries.items() if entry.dtype == FP8}
 
 
 def _check_deterministic(config: EngineConfig, device_type: str) -> None:
@@ -105,10 +139,14 @@ def _check_deterministic(config: EngineConfig, device_type: str) -> None:
 
 
 def _native(config: EngineConfig, device_type: str) -> bool:
-    return device_type == "cpu" and config.attention_backend in ("auto", "native") and available()
+    chosen = config.attention_backend in ("auto", "native") and config.kv_cache_dtype == "auto"
+    return device_type == "cpu" and chosen and available()
 
 
-_NATIVE = "the native CPU kernels: device cpu, attention_backend auto or native, and a g++ that compiles them"
+_NATIVE = (
+    "the native CPU kernels: device cpu, attention_backend auto or native, kv_cache_dtype auto, and a g++ that "
+    "compiles them"
+)
 
 
 def _check_split(model: ModelConfig, world: int) -> None:
@@ -135,8 +173,9 @@ def _dtype(config: EngineConfig, model: ModelConfig, checkpoint: Checkpoint, dev
         if device_type == "cpu" and name in ("bfloat16", "float16") and not (widened or _computes(name)):
             logger.info("dtype float32: this CPU only emulates the checkpoint's %s, about ten times slower", name)
             return "float32"
-    if name not in ELEMENT_BYTES:
-        raise ConfigError(f"dtype {name!r} is not supported; supported: {', '.join(ELEMENT_BYTES)}")
+    supported = [known for known in ELEMENT_BYTES if known != FLOAT8]
+    if name not in supported:
+        raise ConfigError(f"dtype {name!r} is not supported; supported: {', '.join(supported)}")
     return name
 
 
@@ -152,13 +191,15 @@ def _computes(dtype: str) -> bool:
     return any(supported() for supported in wanted.get(dtype, ()))
 
 
-def _revision(config: EngineConfig, checkpoint: Checkpoint) -> str:
-    """Random weights depend on the seed, the checkpoint's do not. Other weights, quantized ones too, make other KV."""
+def _revision(config: EngineConfig, checkpoint: Checkpoint, dtype: str, quantization: str | None) -> str:
+    """Random weights depend on the seed, the checkpoint's do not. Other weights, quantized ones too, make other KV; so
+    does another dtype, which the KV's own tells unless that is FP8."""
     revision = checkpoint.revision()
     if config.load_format == "dummy":
         revision = hashlib.sha256(f"{revision}|dummy|{config.seed}".encode()).hexdigest()
-    if config.quantization:
-        revision = hashlib.sha256(f"{revision}|{config.quantization}".encode()).hexdigest()
+    for change in (quantization, dtype if config.kv_cache_dtype == "fp8" else None):
+        if change:
+            revision = hashlib.sha256(f"{revision}|{change}".encode()).hexdigest()
     return revision
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tandem.common.errors import ConfigError
+from tandem.common.kv_layout import FLOAT8
 from tandem.engine.attention import create_attention
 from tandem.engine.attention.base import AttentionBackend
 from tandem.engine.attention.native import NativeAttention
@@ -48,7 +49,7 @@ class Rank:
             torch.cuda.set_device(device)
         else:
             keep_freed_memory()
-        attention, why = create_attention(plan.config.attention_backend, device)
+        attention, why = create_attention(plan.config.attention_backend, device, plan.layout.dtype == FLOAT8)
         model, cores = _load_model(plan, group, device, on_progress), None
         if isinstance(attention, NativeAttention):
             model, cores = PackedTransformer(model, attention.team, group, plan.bits), attention.cores
@@ -67,7 +68,7 @@ def _graphs(plan: Plan, group: Group, attention: AttentionBackend) -> Graphs | N
 
 def _load_model(plan: Plan, group: Group, device: torch.device, on_progress: Progress | None) -> Transformer:
     try:
-        model = Transformer(plan.model, Placement(device, getattr(torch, plan.layout.dtype), group))
+        model = Transformer(plan.model, Placement(device, getattr(torch, plan.dtype), group, plan.in_float8))
     except RuntimeError as exc:  # both allocators' out-of-memory errors are one
         reason = str(exc).splitlines()[0]
         raise ConfigError(f"{plan.config.model}: the weights do not fit on {device}: {reason}") from exc

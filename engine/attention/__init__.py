@@ -10,6 +10,7 @@ import torch
 
 from tandem.common.errors import ConfigError
 from tandem.engine.attention.base import AttentionBackend
+from tandem.engine.quantization.float8 import CAPABILITY, has_float8
 
 __all__ = ["BACKENDS", "create_attention"]
 
@@ -59,20 +60,34 @@ BACKENDS: dict[str, Callable[[torch.device], AttentionBackend]] = {
 }
 
 
-def create_attention(name: str, device: torch.device) -> tuple[AttentionBackend, str]:
-    """The backend called `name` (or "auto") for a model on `device`, and why it is this one.
+def create_attention(name: str, device: torch.device, float8: bool = False) -> tuple[AttentionBackend, str]:
+    """The backend called `name` (or "auto") for a model on `device`, and why it is this one. `float8`: the KV cache
+    is in FP8.
 
     Raises ConfigError for an unknown name, or a backend that cannot run here.
     """
+    why = "asked for"
     if name == "auto":
-        name, why = _automatic(device)
-        return BACKENDS[name](device), why
+        name, why = _automatic(device, float8)
     if name not in BACKENDS:
         raise ConfigError(f"unknown attention backend {name!r}; {_supported()}")
-    return BACKENDS[name](device), "asked for"
+    if float8:
+        _check_float8(name, device)
+    return BACKENDS[name](device), why
 
 
-def _automatic(device: torch.device) -> tuple[str, str]:
+def _check_float8(name: str, device: torch.device) -> None:
+    if name == "native":
+        reason = "its kernels do not read a KV cache in FP8 (kv_cache_dtype auto is one they read)"
+        raise ConfigError(_refusal(name, reason))
+    if name == "triton" and device.type == "cuda" and not has_float8(device):
+        reason = f"a KV cache in FP8 needs {CAPABILITY}; use kv_cache_dtype auto"
+        raise ConfigError(_refusal(name, reason))
+
+
+def _automatic(device: torch.device, float8: bool) -> tuple[str, str]:
+    if device.type == "cpu" and float8:
+        return "cpu", "the model is on the CPU, and the KV cache in FP8"
     if device.type == "cpu":
         from tandem.engine.kernels.native import available
 

@@ -33,7 +33,7 @@ class CpuAttention(AttentionBackend):
         for row, (length, context) in enumerate(zip(meta.query_lens, meta.context_lens_host, strict=True)):
             start, end = end, end + length
             first = max(0, context - length - window + 1) if window else 0  # token that the chunk's first one sees
-            seen = self._gather(kv, meta.block_tables[row], first, context)
+            seen = self._gather(kv, meta.block_tables[row], first, context).to(query.dtype)  # a cache in FP8 is widened
             if length == 1:
                 output[start] = _decode(query[start], seen, scale)
             else:

@@ -3,6 +3,7 @@
     add_norm   x += y, and RMSNorm of the sum
     write      query and key norm, rotary embedding, and keys and values into the paged cache
     gate       silu(gate) · up
+    quantize   rows in FP8, with a scale each
 
 Each reads its inputs once, computes in float32 and rounds what it stores, once.
 """
@@ -19,8 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tandem.engine.quantization import float8
+
 HEADS = 8  # in one program of the write kernel
 TILE = 1024  # outputs of one program of the gate kernel
+LARGEST, LEAST = tl.constexpr(float8.LARGEST), tl.constexpr(float8.LEAST)
 
 
 @triton.jit
@@ -40,6 +44,15 @@ def _add_norm_kernel(
     scale = tl.rsqrt(tl.sum(values * values, 0) / size + eps)
     normed = values * scale * tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(output + row * output_row + column, normed.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _stored(values, dtype: tl.constexpr):
+    """`values` as a cache of `dtype` holds them: FP8 saturates (attention/base.py), and NaN stays NaN."""
+    if dtype == tl.float8e4nv:
+        values = values.to(tl.float32)
+        values = tl.where(values > LARGEST, LARGEST, tl.where(values < -LARGEST, -LARGEST, values))
+    return values.to(dtype)
 
 
 @triton.jit
@@ -73,17 +86,28 @@ def _write_kernel(
         other = second * scale * tl.where(is_query, of_query, of_key)
     cosine = tl.load(cosines + token * half + pair, mask=inside, other=0.0).to(tl.float32)
     sine = tl.load(sines + token * half + pair, mask=inside, other=0.0).to(tl.float32)
-    first = tl.where(is_value, first, key * cosine - other * sine).to(kv.dtype.element_ty)
-    second = tl.where(is_value, second, other * cosine + key * sine).to(kv.dtype.element_ty)
+    first = tl.where(is_value, first, key * cosine - other * sine).to(query.dtype.element_ty)
+    second = tl.where(is_value, second, other * cosine + key * sine).to(query.dtype.element_ty)
     place = query + token * query_token + head * head_dim + pair
     tl.store(place, first, mask=mask & is_query)
     tl.store(place + half, second, mask=mask & is_query)
     block = tl.load(blocks + token)
     if block >= 0:
         row = tl.where(is_value, kv_part + (head - heads - kv_heads) * kv_head, (head - heads) * kv_head)
-        place = kv + block * kv_block + tl.load(offsets + token) * kv_token + row + pair
-        tl.store(place, first, mask=mask & (head >= heads))
-        tl.store(place + half, second, mask=mask & (head >= heads))
+        slot = kv + block * kv_block + tl.load(offsets + token) * kv_token + row + pair
+        tl.store(slot, _stored(first, kv.dtype.element_ty), mask=mask & (head >= heads))
+        tl.store(slot + half, _stored(second, kv.dtype.element_ty), mask=mask & (head >= heads))
+
+
+@triton.jit
+def _quantize_kernel(x, codes, scales, x_row, codes_row, size, SIZE: tl.constexpr):  # SIZE: a power of two, ≥ size
+    """One program for each row."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    mask = column < size
+    values = tl.load(x + row * x_row + column, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(values), 0), LEAST) / LARGEST
+    tl.store(scales + row, scale)
+    tl.store(codes + row * codes_row + column, (values / scale).to(codes.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -153,3 +177,16 @@ def gate(gate_up: Tensor) -> Tensor:
         gate_up, output, gate_up.stride(0), output.stride(0), size, TILE=TILE
     )
     return output
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (T, size) as quantization/float8.py has it: FP8 (T, size), and scales (T, 1) float32."""
+    tokens, size = x.shape
+    codes = torch.empty(x.shape, dtype=float8.DTYPE, device=x.device)
+    scales = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
+    covered = triton.next_power_of_2(size)
+    _quantize_kernel[(tokens,)](
+        x, codes, scales, x.stride(0), codes.stride(0), size,
+        SIZE=covered, num_warps=min(16, max(4, covered // 512)),
+    )  # fmt: skip
+    return codes, scales

@@ -23,16 +23,16 @@ logger = logging.getLogger(__name__)
 PANEL, WIDTH = 16, 32  # matmul.h: outputs of a panel, of a task
 STORE, ADD, GATE = 0, 1, 2  # matmul.h: what becomes of a product
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-I8, I4 = 3, 4
-TOLERANCE = 0.02  # of the check at first use; activations rounded to bfloat16 are off by 0.004
-MAX_CODES = 256  # inputs that share a scale
+CODES = {8: 3, 4: 4}  # bits
+BLOCK = 32  # integers.h: inputs whose activations share a scale
+TOLERANCE = 0.02  # of the check at first use; activations rounded to 8 bits or bfloat16 are off by 0.005
 HELPER_NICENESS = 14  # more than the worker's own thread; prefill's own yields to decode's by less (cluster/plan.py)
 
 
 class Matrix(ctypes.Structure):
     _fields_ = (
-        ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("bias", ctypes.c_void_p),
-        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64), ("kind", ctypes.c_int32), ("group", ctypes.c_int32),
+        ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        ("outputs", ctypes.c_int64), ("inputs", ctypes.c_int64), ("group", ctypes.c_int64), ("kind", ctypes.c_int32),
     )  # fmt: skip
 
 
@@ -98,25 +98,52 @@ def pack(weight: Tensor, bias: Tensor | None = None) -> Packed:
     return _packed((outputs, inputs), KINDS[weight.dtype], (panels.contiguous(),), bias)
 
 
-def pack_codes(codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, bias: Tensor | None = None) -> Packed:
-    """Integer codes worth scale · (code - zero).
+def packable(inputs: int, groups: int, bits: int) -> bool:
+    """Whether `pack_codes` takes such codes. Groups of a multiple of 32 inputs are best: others are filled up to it."""
+    return bits in CODES and 0 < groups <= inputs and inputs % groups == 0
 
-    8 bits: `codes` (outputs, inputs) int8, `scales` (outputs, 1), no zeros. 4 bits: `codes` uint8 below 16, `scales`
-    and `zeros` (outputs, groups), each group of equally many inputs, `MAX_CODES` at most.
+
+def pack_codes(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, bias: Tensor | None = None) -> Packed:
+    """Integer codes worth scale · (code - zero), in the layout of integers.h; the products round activations to 8 bits.
+
+    `codes` (outputs, inputs) uint8, 0 … 2^bits - 1; `scales` and `zeros` (outputs, groups), each group of equally many
+    inputs. A row's scales are kept as float16 beside a power of two, or as the one float they are; zeros as bfloat16.
     """
-    outputs, inputs = codes.shape
-    spread = _padded(scales.float()).t().contiguous()  # (groups, outputs)
-    if bits == 8:
-        assert zeros is None and scales.shape[1] == 1, "8 bits are symmetric, with a scale for each output"
-        panels = _padded(codes).view(-1, PANEL, inputs).transpose(1, 2).contiguous()
-        return _packed((outputs, inputs), I8, (panels, spread), bias)
-    assert bits == 4 and zeros is not None, f"{bits} bits are not packed"
-    pairs = _padded(codes).view(-1, 2, PANEL, inputs)
-    panels = (pairs[:, 0] | (pairs[:, 1] << 4)).transpose(1, 2).contiguous()
-    shift = _padded(-(zeros.float() * scales.float())).t().contiguous()
-    group = inputs // scales.shape[1]
-    assert group <= MAX_CODES and group * scales.shape[1] == inputs, f"{inputs} inputs in groups of {group}"
-    return _packed((outputs, inputs), I4, (panels, spread, shift), bias, group)
+    (outputs, inputs), groups = codes.shape, scales.shape[1]
+    assert packable(inputs, groups, bits), f"{inputs} inputs in {groups} groups of {bits} bits cannot be packed"
+    scales, zeros = _padded(scales.float()), _padded(zeros.float())
+    if bits == 8:  # signed ones
+        codes, zeros = codes ^ 128, zeros - 128
+    size = inputs // groups
+    spread = F.pad(_padded(codes).view(-1, groups, size), (0, -size % BLOCK))
+    blocks = (_blocks8 if bits == 8 else _blocks4)(spread.view(-1, PANEL, groups, spread.shape[2] // BLOCK, BLOCK))
+    row = scales if groups == 1 else _power_of_two(scales.abs().amax(1, keepdim=True))
+    row = torch.where(row == 0, 1.0, row)
+    heads = torch.cat([_panels((scales / row).half()), _panels(zeros.bfloat16())], dim=2)
+    data = torch.cat([heads, blocks], dim=2)
+    return _packed((outputs, inputs), CODES[bits], (data, row.flatten().contiguous()), bias, size)
+
+
+def _blocks8(codes: Tensor) -> Tensor:
+    """(panels, 16, groups, blocks, 32) -> (panels, groups, bytes)."""
+    quads = codes.view(torch.int32).permute(0, 2, 3, 4, 1)
+    return quads.contiguous().view(torch.uint8).flatten(2)
+
+
+def _blocks4(codes: Tensor) -> Tensor:
+    """As `_blocks8`, of the two halves of a block in one byte."""
+    low, high = codes.chunk(2, dim=-1)
+    return _blocks8(low | (high << 4))
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """The exponent alone of each float32."""
+    return (values.view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
+def _panels(values: Tensor) -> Tensor:
+    """(outputs, groups) of 16 bits -> (panels, groups, bytes)."""
+    return values.view(-1, PANEL, values.shape[1]).transpose(1, 2).contiguous().view(torch.uint8)
 
 
 def _padded(rows: Tensor) -> Tensor:
@@ -126,11 +153,11 @@ def _padded(rows: Tensor) -> Tensor:
 def _packed(
     shape: tuple[int, int], kind: int, tensors: tuple[Tensor, ...], bias: Tensor | None, group: int = 0
 ) -> Packed:
-    """`tensors`: data, then scales and zeros if there are any."""
+    """`tensors`: data, then the rows' scales if they have any."""
     if bias is not None:
         bias = F.pad(bias.float(), (0, -len(bias) % WIDTH))
-    addresses = [tensor.data_ptr() for tensor in tensors] + [None, None]
-    matrix = Matrix(*addresses[:3], None if bias is None else bias.data_ptr(), *shape, kind, group)
+    addresses = [tensor.data_ptr() for tensor in tensors] + [None]
+    matrix = Matrix(*addresses[:2], None if bias is None else bias.data_ptr(), *shape, group, kind)
     return Packed(matrix, (*tensors, bias) if bias is not None else tensors)
 
 
@@ -185,11 +212,20 @@ class Team:
         self._call("tandem_think", ctypes.byref(layer), _long(rows), *map(_floats, tensors))
 
     def layers(
-        self, layers: ctypes.Array[Layer], caches: ctypes.Array[Cache], step: Step, memory: Tensor, x: Tensor
+        self,
+        layers: ctypes.Array[Layer],
+        part: tuple[int, int, int],
+        caches: ctypes.Array[Cache],
+        step: Step,
+        tensors: tuple[Tensor, Tensor],
     ) -> None:
-        """x (T, hidden) through whole layers, in place; as many layers as caches."""
-        count = _long(len(layers))
-        self._call("tandem_layers", layers, caches, count, ctypes.byref(step), _floats(memory), _floats(x))
+        """x (T, hidden) through layers, in place, with scratch memory: `tensors` are memory and x.
+
+        `part`: the first layer, the one behind the last, and the one through which only each sequence's last token
+        goes, or -1. As many layers as caches.
+        """
+        bounds = map(_long, part)
+        self._call("tandem_layers", layers, caches, *bounds, ctypes.byref(step), *map(_floats, tensors))
 
     def __del__(self) -> None:
         if team := getattr(self, "_team", None):
@@ -207,7 +243,7 @@ def available() -> bool:
     """
     if library() is None:
         return False
-    errors = [_error(dtype, rows) for dtype in KINDS for rows in (1, 3, 40)]
+    errors = [_error(kind, rows) for kind in (*KINDS, *CODES) for rows in (1, 3, 40)]
     wrong = [error for error in errors if not error < TOLERANCE]  # NaN too
     if wrong:
         logger.warning(
@@ -216,16 +252,22 @@ def available() -> bool:
     return not wrong
 
 
-def _error(dtype: torch.dtype, rows: int) -> float:
-    """The largest error of a product, relative to the size of its results."""
+def _error(kind: torch.dtype | int, rows: int) -> float:
+    """The largest error of a product, relative to the size of its results; `kind`: of weights, or bits of codes."""
     generator = torch.Generator().manual_seed(rows)
     weight, x = (torch.randn(count, 72, generator=generator) for count in (50, rows))
-    packed, y = pack(weight.to(dtype)), torch.empty(rows, 50)
-    team = Team(1)
+    if isinstance(kind, int):
+        codes, zero = torch.randint(2**kind, weight.shape, generator=generator), 2.0 ** (kind - 1)
+        packed = pack_codes(codes.to(torch.uint8), torch.ones(50, 1), torch.full((50, 1), zero), kind)
+        weight = codes - zero
+    else:
+        weight = weight.to(kind)
+        packed = pack(weight)
+    y, team = torch.empty(rows, 50), Team(1)
     team.begin()
     team.product(packed, x, y)
     team.end()
-    wanted = x @ weight.to(dtype).float().t()
+    wanted = x @ weight.float().t()
     return float((y - wanted).abs().max() / wanted.abs().max())
 
 

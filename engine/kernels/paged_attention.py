@@ -5,9 +5,10 @@ All of them see one kv head at a time, with the query heads that share it (its g
     rows      token 0: head 0 … head G-1 | token 1: head 0 … | …       (ROWS, DIM), G padded to a power of two
     columns   TILE positions of the context, found through the block table
 
-so a key is read once for the whole group. Softmax is online and in float32 (FlashAttention-2). A lone token is split
-into fixed runs of SPLIT positions (flash decoding), which `_combine_kernel` adds up: fixed, not chosen by the batch,
-so that a sequence's result does not depend on its neighbours.
+so a key is read once for the whole group; from a cache in FP8 it is widened to the query's dtype. Softmax is online
+and in float32 (FlashAttention-2). A lone token is split into fixed runs of SPLIT positions (flash decoding), which
+`_combine_kernel` adds up: fixed, not chosen by the batch, so that a sequence's result does not depend on its
+neighbours.
 """
 
 # Triton's language has no types, and a launch takes other arguments than the kernel declares:
@@ -58,6 +59,7 @@ def _run(
         mask = inside[:, None] & (dim < head_dim)[None, :]  # loads nothing outside: free slots may hold anything
         key = tl.load(token[:, None] + dim[None, :], mask=mask, other=0.0)
         value = tl.load(token[:, None] + kv_part + dim[None, :], mask=mask, other=0.0)
+        key, value = key.to(query.dtype), value.to(query.dtype)  # from FP8 this is exact
         scores = _dot(query, tl.trans(key)) * scale
         distance = row_position[:, None] - position[None, :]
         scores = tl.where((distance >= 0) & (distance < window) & inside[None, :], scores, float("-inf"))

@@ -10,15 +10,19 @@ the loader which checkpoint tensor goes into which part of which (merged) weight
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tandem.common.errors import ConfigError
 from tandem.engine.group import Group
 from tandem.engine.models.config import RopeConfig
+from tandem.engine.quantization.float8 import Float8Weight, fits
+from tandem.engine.quantization.grouped import GroupedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,12 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     group: Group
+    in_float8: Callable[[str], bool] = lambda name: False  # whether a linear layer holds the weight of this name so
+
+    def float8(self, names: list[str], outputs: int, inputs: int) -> Float8Weight | None:
+        """For the weights `names`, merged; None where they are not to be in FP8 or cannot be multiplied."""
+        wanted = all(self.in_float8(f"{name}.weight") for name in names) and fits(outputs, inputs)
+        return Float8Weight.empty(outputs, inputs, self.device) if wanted else None
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, device=self.device, dtype=self.dtype)
@@ -38,13 +48,74 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of one checkpoint tensor: `target` takes its [start : start + target.shape[axis]] along `axis`."""
+    """The place of one checkpoint tensor, of which this rank takes [start : start + size] along `axis`."""
 
     name: str
     shape: tuple[int, ...]  # of the whole tensor
-    target: Tensor  # a view into a weight of this rank
+    size: int
+    holder: Tensor | Linear  # what takes it: a tensor of this rank, or rows of a linear layer's weight, from `row` on
     axis: int = 0
     start: int = 0
+    row: int = 0
+
+    @property
+    def target(self) -> Tensor:
+        """Where it goes as floats: a view."""
+        if isinstance(self.holder, Tensor):
+            return self.holder
+        return self.holder.weight.narrow(0, self.row, self._rows)
+
+    @property
+    def _rows(self) -> int:
+        return self.size if self.axis == 0 else self.shape[0]
+
+    def put(self, values: Tensor | Float8Weight) -> None:
+        """Make `values` this rank's part, in the form in which it is held."""
+        held = None if isinstance(self.holder, Tensor) else self.holder.float8
+        if held is not None:
+            held.rows(self.row, self.row + self._rows).copy_(values)
+        else:
+            self.target.copy_(values if isinstance(values, Tensor) else values.dequantize())
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A weight that the checkpoint has as codes, in which it lies until somebody reads it."""
+
+    outline: GroupedWeight  # one row with nothing in it
+    read: Callable[[], GroupedWeight]
+
+
+class Linear:
+    """The weight (outputs, inputs) of this rank. It is floats, allocated when first asked for, or `codes`; or `float8`,
+    on devices that multiply it."""
+
+    codes: Codes | None = None  # set by the loader before anybody asks for floats
+
+    def __init__(self, names: list[str], outputs: int, inputs: int, place: Placement) -> None:
+        """Of the weights `names`, merged."""
+        self._name, self._shape, self._place = names[0], (outputs, inputs), place
+        self.float8 = place.float8(names, outputs, inputs)
+        self.on_host = place.device.type == "cpu"
+        if not self.on_host and self.float8 is None:
+            _ = self.weight  # at once: whether a model fits on a device shows when it is made
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """Floats in the model's dtype; those that the codes stand for if there are codes. Raises ConfigError."""
+        assert self.float8 is None, "held in FP8: use `product`"
+        try:
+            weight = self._place.empty(*self._shape)
+        except RuntimeError as exc:  # how the host's allocator says that memory is out
+            raise ConfigError(f"{self._name}: the weight does not fit into memory: {str(exc).splitlines()[0]}") from exc
+        if self.codes is not None:
+            weight.copy_(self.codes.read().dequantize())
+            self.codes = None  # they refer to this layer: the floats must go when it goes
+        return weight
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`x` (T, inputs) -> (T, outputs)."""
+        return F.linear(x, self.weight, bias) if self.float8 is None else self.float8.product(x, bias)
 
 
 class RMSNorm:
@@ -59,10 +130,10 @@ class RMSNorm:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def slots(self) -> Iterator[Slot]:
-        yield Slot(f"{self.name}.weight", tuple(self.weight.shape), self.weight)
+        yield _whole(f"{self.name}.weight", self.weight)
 
 
-class ColumnLinear:
+class ColumnLinear(Linear):
     """Several projections of one input, merged into one weight; `parts` are (checkpoint name, outputs)."""
 
     def __init__(self, parts: list[tuple[str, int]], inputs: int, bias: bool, place: Placement) -> None:
@@ -70,41 +141,41 @@ class ColumnLinear:
         self.parts = parts
         self.rank, self.world = place.group.rank, place.group.world
         outputs = sum(size for _, size in parts) // self.world
-        self.weight = place.empty(outputs, inputs)
+        super().__init__([name for name, _ in parts], outputs, inputs, place)
         self.bias = place.empty(outputs) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, inputs) -> (T, outputs of this rank), the parts one behind the other."""
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.bias)
 
     def slots(self) -> Iterator[Slot]:
         row = 0
         for name, size in self.parts:
             share = size // self.world
-            rows, start = slice(row, row + share), self.rank * share
-            yield Slot(f"{name}.weight", (size, self.inputs), self.weight[rows], 0, start)
+            start = self.rank * share
+            yield Slot(f"{name}.weight", (size, self.inputs), share, self, start=start, row=row)
             if self.bias is not None:
-                yield Slot(f"{name}.bias", (size,), self.bias[rows], 0, start)
+                yield Slot(f"{name}.bias", (size,), share, self.bias[row : row + share], start=start)
             row += share
 
 
-class RowLinear:
+class RowLinear(Linear):
     def __init__(self, name: str, inputs: int, outputs: int, bias: bool, place: Placement) -> None:
         self.name, self.inputs, self.outputs = name, inputs, outputs
         self.group = place.group
-        self.weight = place.empty(outputs, inputs // place.group.world)
+        super().__init__([name], outputs, inputs // place.group.world, place)
         self.bias = place.empty(outputs) if bias else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, inputs of this rank) -> (T, outputs), the same on all ranks."""
         bias = self.bias if self.group.rank == 0 else None  # added once, not once for each rank
-        return self.group.all_reduce(F.linear(x, self.weight, bias))
+        return self.group.all_reduce(self.product(x, bias))
 
     def slots(self) -> Iterator[Slot]:
-        start = self.group.rank * self.weight.shape[1]
-        yield Slot(f"{self.name}.weight", (self.outputs, self.inputs), self.weight, 1, start)
+        share = self.inputs // self.group.world
+        yield Slot(f"{self.name}.weight", (self.outputs, self.inputs), share, self, 1, self.group.rank * share)
         if self.bias is not None:
-            yield Slot(f"{self.name}.bias", (self.outputs,), self.bias)
+            yield _whole(f"{self.name}.bias", self.bias)
 
 
 class VocabMatrix:
@@ -135,7 +206,12 @@ class VocabMatrix:
         return torch.cat(parts, dim=-1)[:, : self.shape[0]] if len(parts) > 1 else parts[0]
 
     def slots(self) -> Iterator[Slot]:
-        yield Slot(f"{self.name}.weight", self.shape, self.weight[: self.used], 0, self.start)
+        yield Slot(f"{self.name}.weight", self.shape, self.used, self.weight[: self.used], start=self.start)
+
+
+def _whole(name: str, tensor: Tensor) -> Slot:
+    """Of what every rank has whole."""
+    return Slot(name, tuple(tensor.shape), len(tensor), tensor)
 
 
 class Rotary:

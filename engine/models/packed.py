@@ -3,13 +3,16 @@
     Transformer (as loaded, PyTorch) ── pack, layer by layer ──► PackedTransformer; each layer's PyTorch weights go
 
 Weights and KV keep the model's dtype and are widened exactly when they are read; products, the residual stream and
-attention are float32. So a 16-bit model is computed more precisely than in 16 bits, and moves as few bytes.
+attention are float32. So a 16-bit model is computed more precisely than in 16 bits, and moves as few bytes. Weights
+that the checkpoint has as codes stay codes; products with codes round activations to 8 bits (cpu/integers.h).
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,34 +22,38 @@ from tandem.engine.attention.base import AttentionBackend
 from tandem.engine.group import Group
 from tandem.engine.kernels import native
 from tandem.engine.kernels.native import PANEL, Packed, Team
-from tandem.engine.models import layers
+from tandem.engine.models.layers import Linear, RowLinear
 from tandem.engine.models.transformer import Layer, StepInputs, StepOutput, Transformer, all_finite
-from tandem.engine.quantization.grouped import quantize
+from tandem.engine.quantization.grouped import GroupedWeight, quantize
+
+logger = logging.getLogger(__name__)
 
 Pack = Callable[[Tensor, Tensor | None], Packed]
+Rows = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]  # of a weight and a bias
+Inputs = Callable[[Tensor], Tensor]
 
 
 class PackedLayer:
-    def __init__(self, layer: Layer, eps: float, pack: Pack) -> None:
+    def __init__(self, layer: Layer, eps: float, bits: int | None) -> None:
         attention, mlp = layer.attention, layer.mlp
         heads = native.Heads(
             attention.heads, attention.kv_heads, attention.head_dim, attention.window or 0, attention.head_dim**-0.5
         )
-        self._weights = [
-            pack(attention.qkv.weight, attention.qkv.bias),
-            pack(attention.output.weight, _once(attention.output)),
-            pack(*interleaved(mlp.gate_up.weight, mlp.gate_up.bias)),
-            pack(_whole_panels(mlp.down.weight), _once(mlp.down)),
+        self.weights = [
+            _packed(attention.qkv, attention.qkv.bias, bits),
+            _packed(attention.output, _once(attention.output), bits),
+            _packed(mlp.gate_up, mlp.gate_up.bias, bits, rows=interleaved),
+            _packed(mlp.down, _once(mlp.down), bits, inputs=_whole_panels),
         ]
         norms = [layer.attention_norm, layer.mlp_norm, *attention.norms]
         self._norms = [norm.weight.float() for norm in norms]
         addresses = [norm.data_ptr() for norm in self._norms] + [None] * (4 - len(norms))
-        self.native = native.Layer(*(weight.matrix for weight in self._weights), *addresses, heads, eps)
+        self.native = native.Layer(*(weight.matrix for weight in self.weights), *addresses, heads, eps)
 
     @property
     def scratch(self) -> int:
         """Floats that one row needs, in either half."""
-        qkv, output, gate_up, _ = (weight.matrix for weight in self._weights)
+        qkv, output, gate_up, _ = (weight.matrix for weight in self.weights)
         return int(max(qkv.inputs + qkv.outputs + output.inputs, gate_up.inputs + gate_up.outputs // 2))
 
 
@@ -55,14 +62,16 @@ class PackedTransformer:
 
     def __init__(self, model: Transformer, team: Team, group: Group, bits: int | None = None) -> None:
         """Takes the weights out of `model`, which is good for nothing afterwards; `bits`: 4 or 8, to quantize them.
+        Without, weights that the checkpoint has as codes stay those.
 
         The output projection gets 8 bits also with 4: it makes the logits, and costs little.
         """
-        config, pack = model.config, packer(bits)
+        config = model.config
         self._team, self._group, self._eps = team, group, config.norm_eps
         self.layers: list[PackedLayer] = []
         while model.layers:
-            self.layers.append(PackedLayer(model.layers.pop(0), config.norm_eps, pack))
+            self.layers.append(PackedLayer(model.layers.pop(0), config.norm_eps, bits))
+        _log(self.layers)
         self.embedding = model.embedding
         self._head, self._vocab_size = packer(bits and 8)(model.head.weight, None), config.vocab_size
         self._norm, self._rotary = model.norm.weight.float(), model.rotary
@@ -78,7 +87,7 @@ class PackedTransformer:
         kv: Sequence[Tensor],
         after_layer: Callable[[int], None] | None = None,
     ) -> StepOutput:
-        """As Transformer.forward; `attention` is what these kernels are."""
+        """As Transformer.forward; `attention` is what these kernels are. `after_layer` is for one rank alone."""
         self._team.begin()
         try:
             return self._forward(inputs, kv, after_layer)
@@ -92,33 +101,35 @@ class PackedTransformer:
         cosines, sines = self._rotary.angles(inputs.positions)
         step, memory = _step(inputs, cosines, sines), self._memory(len(x) * self.layers[0].scratch)
         caches = self._caches_of(kv)
-        if self._group.world == 1 and after_layer is None:
-            self._team.layers(self._layers, caches, step, memory, x)
+        if self._group.world > 1:
+            self._over_ranks(x, memory, step, caches)
         else:
-            self._by_layers(x, memory, step, caches, after_layer or (lambda index: None))
+            count, size = len(self.layers), 1 if after_layer else len(self.layers)
+            last = count - 1 if self._concludes(inputs) else -1
+            for first in range(0, count, size):
+                self._team.layers(self._layers, (first, first + size, last), caches, step, (memory, x))
+                if after_layer:
+                    after_layer(first)
         return StepOutput(self._logits(x[inputs.rows]), all_finite(x, inputs.meta.query_start))
 
-    def _by_layers(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        step: native.Step,
-        caches: ctypes.Array[native.Cache],
-        after: Callable[[int], None],
-    ) -> None:
-        y = x if self._group.world == 1 else torch.zeros_like(x)
-        for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
-            self._team.attend(layer, step, cache, (x, memory, y))
-            self._add(x, y)
-            self._team.think(layer, (x, memory, y))
-            self._add(x, y)
-            after(index)
+    def _concludes(self, inputs: StepInputs) -> bool:
+        """Whether the last layer need be computed only for each sequence's last token, besides keys and values.
 
-    def _add(self, x: Tensor, y: Tensor) -> None:
-        """x += the sum of all ranks' y; alone, the kernels have done it."""
-        if y is not x:
-            x += self._group.all_reduce(y)
-            y.zero_()
+        That token saw all of these, so a NaN in any still shows in `finite`; but a window could hide one from it.
+        """
+        ends = inputs.meta.query_start[1:] - 1
+        if len(ends) == len(inputs.token_ids) or self.layers[-1].native.heads.window:
+            return False
+        return bool(torch.isin(inputs.rows, ends).all())
+
+    def _over_ranks(self, x: Tensor, memory: Tensor, step: native.Step, caches: ctypes.Array[native.Cache]) -> None:
+        """Each rank has a part of every half of a layer; all need the sum."""
+        y = torch.zeros_like(x)
+        for layer, cache in zip(self._layers, caches, strict=True):
+            for half in (partial(self._team.attend, layer, step, cache), partial(self._team.think, layer)):
+                half((x, memory, y))
+                x += self._group.all_reduce(y)
+                y.zero_()
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(R, hidden) -> (R, vocab) on rank 0, as VocabMatrix.logits."""
@@ -148,11 +159,38 @@ def packer(bits: int | None) -> Pack:
 
     def pack(weight: Tensor, bias: Tensor | None) -> Packed:
         grouped = quantize(weight, bits)
-        if bits == 4:
-            return native.pack_codes(grouped.codes, grouped.scales, grouped.zeros, bits, bias)
-        return native.pack_codes((grouped.codes.short() - 128).char(), grouped.scales, None, bits, bias)
+        return native.pack_codes(grouped.codes, grouped.scales, grouped.zeros, bits, bias)
 
     return pack
+
+
+def _as_they_are(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight, bias
+
+
+def _packed(
+    linear: Linear,
+    bias: Tensor | None,
+    bits: int | None,
+    rows: Rows = _as_they_are,
+    inputs: Inputs = lambda weight: weight,
+) -> Packed:
+    """`rows` and `inputs` move or add such before packing; inputs that are added must be zero in every step.
+
+    Codes stay codes where the kernels can have them. Added inputs make the last group longer: it must be the only one.
+    """
+    codes = linear.codes if bits is None else None
+    if codes is None or not _packable(codes.outline, inputs):
+        return packer(bits)(*rows(inputs(linear.weight), bias))
+    weight = codes.read()
+    packed, bias = rows(inputs(weight.codes), bias)
+    scales, zeros = (rows(of_groups, None)[0] for of_groups in (weight.scales, weight.zeros))
+    return native.pack_codes(packed, scales, zeros, weight.bits, bias)
+
+
+def _packable(outline: GroupedWeight, inputs: Inputs) -> bool:
+    columns, groups = inputs(outline.codes).shape[1], outline.scales.shape[1]
+    return (groups == 1 or columns == outline.shape[1]) and native.packable(columns, groups, outline.bits)
 
 
 def interleaved(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -171,7 +209,14 @@ def _whole_panels(down: Tensor) -> Tensor:
     return F.pad(down, (0, -down.shape[1] % PANEL))
 
 
-def _once(layer: layers.RowLinear) -> Tensor | None:
+def _log(layers: Sequence[PackedLayer]) -> None:
+    held = [weight for layer in layers for weight in layer.weights]
+    size = sum(tensor.nbytes for weight in held for tensor in weight.tensors)
+    count = sum(int(weight.matrix.outputs * weight.matrix.inputs) for weight in held)
+    logger.info("The layers' weights take %.3f GB, %.1f bits each", size / 1e9, 8 * size / count)
+
+
+def _once(layer: RowLinear) -> Tensor | None:
     """Rank 0 adds the bias, the others do not."""
     return layer.bias if layer.group.rank == 0 else None
 

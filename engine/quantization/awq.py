@@ -14,7 +14,16 @@ from torch import Tensor
 from tandem.engine.checkpoint import FLOATS, Checkpoint, Entry
 from tandem.engine.models.registry import Fields
 from tandem.engine.quantization.grouped import GroupedWeight
-from tandem.engine.quantization.reader import Shape, Weight, WeightReader, choice, group_count, unpacked, words
+from tandem.engine.quantization.reader import (
+    Shape,
+    Weight,
+    WeightReader,
+    choice,
+    group_count,
+    outlined,
+    unpacked,
+    words,
+)
 
 LAYOUT_FIELDS = ("version", "format", "checkpoint_format")  # of AutoAWQ, transformers and GPTQModel
 PARTS = ("qweight", "qzeros", "scales")
@@ -43,6 +52,11 @@ class AwqReader(WeightReader):
             self.part(f"{module}.qzeros", ("I32",), (groups, words(outputs, BITS))),
             self.part(f"{module}.scales", FLOATS, (groups, outputs)),
         ]
+
+    def outline(self, name: str, shape: Shape) -> GroupedWeight | None:
+        if self.module_of(name, shape, *PARTS) is None:
+            return None
+        return outlined(shape[1], group_count(self._fields, name, shape[1], self._group_size), BITS)
 
     def read(self, name: str, shape: Shape) -> Weight:
         module = self.module_of(name, shape, *PARTS)

@@ -29,6 +29,7 @@ from tandem.engine.quantization.reader import (
     WeightReader,
     choice,
     group_count,
+    outlined,
     unpacked,
     words,
 )
@@ -105,6 +106,14 @@ class CompressedTensorsReader(WeightReader):
             parts.append(self.part(f"{name}_g_idx", ("I32",), (inputs,)))
         return [*parts, scale]
 
+    def outline(self, name: str, shape: Shape) -> GroupedWeight | None:
+        scheme = self._scheme(name, shape)
+        if scheme is None or scheme.floats:
+            return None
+        outline = outlined(shape[1], scheme.scale_shapes(shape)[0][-1], scheme.bits)
+        shuffled = scheme.shuffled and self.shuffle(f"{name}_g_idx", outline) is not None
+        return None if shuffled else outline
+
     def read(self, name: str, shape: Shape) -> Weight:
         scheme = self._scheme(name, shape)
         if scheme is None:
@@ -120,7 +129,7 @@ class CompressedTensorsReader(WeightReader):
             codes = _unsigned(self.tensor(name))
         zeros = self._zeros(name, scheme, outputs).expand_as(scales).contiguous()
         weight = GroupedWeight(codes, scales, zeros, inputs // scales.shape[1], scheme.bits)
-        return self.ordered(weight, f"{name}_g_idx") if scheme.shuffled else weight
+        return self.ordered(f"{name}_g_idx", weight) if scheme.shuffled else weight
 
     def _zeros(self, name: str, scheme: Scheme, outputs: int) -> Tensor:
         """Floats that broadcast to (out, groups)."""

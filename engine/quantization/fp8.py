@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tandem.engine.checkpoint import FLOATS, Checkpoint, Entry
 from tandem.engine.models.registry import Fields
+from tandem.engine.quantization.float8 import Float8Weight
 from tandem.engine.quantization.reader import ACTIVATIONS, Shape, Weight, WeightReader, choice
 
 FP8 = "F8_E4M3"
@@ -60,11 +61,12 @@ def blocks(shape: Shape, block: Shape) -> Shape:
     return tuple(-(-size // side) for size, side in zip(shape, block, strict=True))
 
 
-def scaled(weight: Tensor, scale: Tensor, block: Shape | None) -> Tensor:
-    """`weight` (out, in) times its scale, which broadcasts or is of blocks: float32."""
-    scale = scale.float()
-    if block is not None:
-        for axis, side in enumerate(block):
-            size = weight.shape[axis]
-            scale = scale.repeat_interleave(min(side, size), dim=axis).narrow(axis, 0, size)
-    return weight.float().mul_(scale)
+def scaled(weight: Tensor, scale: Tensor, block: Shape | None) -> Weight:
+    """`weight` (out, in) with its scale, one or of blocks: as it is where an output has one scale, else their product,
+    float32."""
+    rows, columns = block or weight.shape
+    outputs, inputs = weight.shape
+    scale = scale.float().reshape(-(-outputs // rows), -1).repeat_interleave(min(rows, outputs), dim=0)[:outputs]
+    if scale.shape[1] == 1:
+        return Float8Weight(weight, scale)
+    return weight.float().mul_(scale.repeat_interleave(columns, dim=1)[:, :inputs])

@@ -13,7 +13,16 @@ from __future__ import annotations
 from tandem.engine.checkpoint import FLOATS, Checkpoint, Entry
 from tandem.engine.models.registry import Fields
 from tandem.engine.quantization.grouped import GroupedWeight
-from tandem.engine.quantization.reader import Shape, Weight, WeightReader, choice, group_count, unpacked, words
+from tandem.engine.quantization.reader import (
+    Shape,
+    Weight,
+    WeightReader,
+    choice,
+    group_count,
+    outlined,
+    unpacked,
+    words,
+)
 
 PARTS = ("qweight", "qzeros", "scales")
 ONES = {4: 0x11111111, 8: 0x01010101}  # one in each code of a word
@@ -48,6 +57,14 @@ class GptqReader(WeightReader):
             found.append(self.part(f"{module}.g_idx", ("I32",), (inputs,)))
         return found
 
+    def outline(self, name: str, shape: Shape) -> GroupedWeight | None:
+        module = self.module_of(name, shape, *PARTS)
+        if module is None:
+            return None
+        index = f"{module}.g_idx"
+        outline = outlined(shape[1], group_count(self._fields, name, shape[1], self._group_size), self._bits)
+        return None if self.has(index) and self.shuffle(index, outline) is not None else outline
+
     def read(self, name: str, shape: Shape) -> Weight:
         module = self.module_of(name, shape, *PARTS)
         if module is None:
@@ -58,4 +75,4 @@ class GptqReader(WeightReader):
         codes = unpacked(self.tensor(f"{module}.qweight").t(), self._bits)[:, :inputs].contiguous()
         weight = GroupedWeight(codes, scales, zeros.float().contiguous(), inputs // scales.shape[1], self._bits)
         index = f"{module}.g_idx"
-        return self.ordered(weight, index) if self.has(index) else weight
+        return self.ordered(index, weight) if self.has(index) else weight

@@ -1,6 +1,7 @@
 """Between a checkpoint's tensors and the loader: one reader for each way in which weights are stored.
 
-A reader names a weight's tensors and proves them from the headers (`parts`), then makes the weight of them (`read`).
+A reader names a weight's tensors and proves them from the headers (`parts`), says whether it has codes (`outline`),
+then makes the weight of them (`read`).
 Weights that a quantized checkpoint leaves as they are, norms and biases say, are read by the base class.
 """
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from tandem.common.errors import ModelError
 from tandem.engine.checkpoint import FLOATS, Checkpoint, Entry
 from tandem.engine.models.registry import Fields
+from tandem.engine.quantization.float8 import Float8Weight
 from tandem.engine.quantization.grouped import GroupedWeight
 
-Weight = Tensor | GroupedWeight
+Weight = Tensor | GroupedWeight | Float8Weight
 Shape = tuple[int, ...]
 Value = TypeVar("Value")
 ACTIVATIONS = "quantization of activations: weights are made floats before they are used"
@@ -37,6 +39,10 @@ class WeightReader:
     def parts(self, name: str, shape: Shape) -> list[Entry]:
         """The tensors that make up the weight `name` of `shape`. Raises ModelError unless all are there and fit."""
         return [self.part(name, FLOATS, shape)]
+
+    def outline(self, name: str, shape: Shape) -> GroupedWeight | None:
+        """One row of the shape of what `read` gives, if that is codes. Raises ModelError as `read` does."""
+        return None
 
     def read(self, name: str, shape: Shape) -> Weight:
         """The weight, whose parts have been proved: a view where it lies there as floats."""
@@ -71,18 +77,21 @@ class WeightReader:
     def tensor(self, name: str) -> Tensor:
         return self._checkpoint.tensor(name)
 
-    def ordered(self, weight: GroupedWeight, name: str) -> Weight:
-        """`weight`, whose input i is in the group g_idx[i] that the tensor `name` (in,) gives: as it is where groups
-        are neighbours, else (activation order) as floats."""
+    def shuffle(self, name: str, weight: GroupedWeight) -> Tensor | None:
+        """Each input's group, (in,) int64, as the tensor `name` gives it; None where groups are neighbours, as in
+        `weight`. Raises ModelError for groups that there are not."""
         groups = weight.scales.shape[1]
         index = self.tensor(name).long()
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= groups:
             file = self._checkpoint.entries[name].file
             raise ModelError(f"{file}: tensor {name!r} has the groups {low} to {high}, but there are {groups}")
-        if torch.equal(index, torch.arange(len(index)) // weight.group_size):
-            return weight
-        return (weight.codes - weight.zeros[:, index]) * weight.scales[:, index]
+        return None if torch.equal(index, torch.arange(len(index)) // weight.group_size) else index
+
+    def ordered(self, name: str, weight: GroupedWeight) -> Weight:
+        """`weight`, whose inputs' groups the tensor `name` gives: as floats if they are shuffled (activation order)."""
+        index = self.shuffle(name, weight)
+        return weight if index is None else (weight.codes - weight.zeros[:, index]) * weight.scales[:, index]
 
 
 def choice(fields: Fields, key: str, value: Value, choices: Collection[object]) -> Value:
@@ -101,6 +110,12 @@ def group_count(fields: Fields, name: str, inputs: int, group_size: int) -> int:
     return inputs // size
 
 
+def outlined(inputs: int, groups: int, bits: int) -> GroupedWeight:
+    """One row with nothing in it."""
+    codes, of_groups = torch.zeros(1, inputs, dtype=torch.uint8), torch.zeros(1, groups)
+    return GroupedWeight(codes, of_groups, of_groups, inputs // groups, bits)
+
+
 def words(count: int, bits: int) -> int:
     """How many int32 hold `count` codes."""
     return -(-count * bits // 32)
@@ -108,7 +123,7 @@ def words(count: int, bits: int) -> int:
 
 def unpacked(packed: Tensor, bits: int) -> Tensor:
     """(rows, words) int32 -> (rows, words · 32 / bits) uint8: codes of 4 or 8 bits, the lowest bits first."""
-    codes = packed.contiguous().view(torch.uint8)
+    codes = packed.flatten().view(torch.uint8).view(len(packed), -1)
     if bits == 8:
         return codes
     return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)

@@ -19,6 +19,7 @@ from tandem.router.__main__ import parse_settings
 
 ENGINE_FLAGS: dict[str, tuple[list[str], object]] = {
     "dtype": (["--dtype", "bfloat16"], "bfloat16"),
+    "kv_cache_dtype": (["--kv-cache-dtype", "fp8"], "fp8"),
     "block_size": (["--block-size", "32"], 32),
     "max_model_len": (["--max-model-len", "777"], 777),
     "max_num_seqs": (["--max-num-seqs", "5"], 5),

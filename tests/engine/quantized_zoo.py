@@ -20,6 +20,7 @@ from torch import Tensor
 Parts = dict[str, Tensor]  # behind the module's name
 Written = tuple[Parts, Tensor]  # and the floats, (out, in)
 Writer = Callable[[int, int, torch.Generator], Written]
+ROUNDING = 0.03  # relative error of logits: products with codes round activations to 8 bits; found: 0.012 to 0.020
 DOWN = "model.layers.1.mlp.down_proj"
 QUERY = "model.layers.0.self_attn.q_proj"
 
@@ -264,6 +265,11 @@ def write_both(source: Path, target: Path, form: Format, skip: tuple[str, ...] =
         save_file(tensors, path / "model.safetensors")
     edit_config(quantized, quantization_config=form.config)
     return quantized, floats
+
+
+def check_near(found: Tensor, exact: Tensor) -> None:
+    """But for the rounding of activations."""
+    assert float((found - exact).norm() / exact.norm()) < ROUNDING
 
 
 def edit_config(directory: Path, **changes: Any) -> None:

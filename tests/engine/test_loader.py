@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from tandem.common.errors import ConfigError, ModelError
 from tandem.common.model_dir import resolve_model
 from tandem.engine.checkpoint import DTYPES, Checkpoint, mapped, read_header, tensor
+from tandem.engine.group import Group
+from tandem.engine.models.layers import Placement, RowLinear
 from tandem.engine.models.registry import parse_config
 from tandem.engine.plan import Plan
 from tests.engine.model_zoo import build, engine_config
@@ -261,6 +263,12 @@ class TestReading:
         with mapped(path) as file:
             assert torch.equal(tensor(file, entries["a"]), values)
             assert tensor(file, entries["b"]).shape == (0,)
+
+
+def test_a_weight_for_which_there_is_no_memory() -> None:
+    linear = RowLinear("model.x", 1 << 30, 1 << 30, False, Placement(torch.device("cpu"), torch.float32, Group()))
+    with pytest.raises(ConfigError, match=r"model\.x: the weight does not fit into memory: "):
+        _ = linear.weight
 
 
 class TestRevision:

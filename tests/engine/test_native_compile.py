@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 import shutil
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -250,6 +252,17 @@ def test_the_kernels_own_sources_are_all_there() -> None:
         if '#include "' in line
     }
     assert {compiler.MAIN, *included} == {file.name for file in folder.iterdir()}
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the other processors are x86-64")
+@pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "alderlake", "sapphirerapids"])
+def test_other_processors_have_code_without_warnings(processor: str) -> None:
+    """Whose instructions this one may not have: none, AVX2, AVX-512, those for bytes, those for bfloat16."""
+    source = Path(compiler.__file__).with_name("cpu") / compiler.MAIN
+    flags = [flag.replace("native", processor) for flag in compiler.FLAGS]
+    command = [str(GXX), *flags, "-fsyntax-only", "-Wall", "-Wextra", "-Werror", str(source)]
+    subprocess.run(command, check=True, timeout=compiler.TIMEOUT)
 
 
 @needs_compiler

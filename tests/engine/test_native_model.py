@@ -107,6 +107,34 @@ def test_the_number_of_threads_does_not_matter(rank: Rank) -> None:
         model._team = usual
 
 
+def as_asked(rank: Rank, work: list[tuple[Sequence, int]]) -> StepOutput:
+    """One step as the engine asks for it, with the logits of whole sequences' last tokens."""
+    output = rank.runner.forward(pack(build_batch([Scheduled(*item) for item in work]), BLOCK))
+    for item, count in work:
+        item.computed += count
+    return output
+
+
+def test_last_tokens_alone_have_the_same_bits_and_leave_the_same_kv(rank: Rank) -> None:
+    items = [prompt(rank, seed) for seed in (1, 2, 3)]
+    blocks = [block for item in items for block in item.blocks[: LENGTH // BLOCK]]
+    alone = [in_chunks(rank, item, [LENGTH])[-1] for item in items]
+    written = rank.cache.read(blocks)
+    items = [prompt(rank, seed) for seed in (1, 2, 3)]
+    assert as_asked(rank, list(zip(items, (69, 1, 33), strict=True))).logits.shape[0] == 0
+    output = as_asked(rank, [(item, item.remaining) for item in items])
+    assert torch.equal(output.logits, torch.stack(alone))
+    assert torch.equal(rank.cache.read(blocks), written)
+
+
+def test_broken_kv_of_the_last_layer_is_reported_by_a_chunk_that_asks_for_nothing(rank: Rank) -> None:
+    """Else the prefix cache would pass it on."""
+    item = prompt(rank, 1)
+    as_asked(rank, [(item, 40)])
+    rank.cache.tensor[item.blocks[4], -1, 0, :, 7] = float("nan")  # token 39
+    assert as_asked(rank, [(item, 20)]).finite.tolist() == [False]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", [0, 1], ids=["key", "value"])
 def test_broken_kv_is_reported_and_touches_nobody_else(rank: Rank, part: int, value: float) -> None:

@@ -21,11 +21,12 @@ EPSILON = 2.0**-24  # of one float32 operation
 
 @dataclass(frozen=True)
 class Storage:
-    """How a weight is kept; `group` inputs share a scale in 4 bits."""
+    """How a weight is kept; in codes, `group` inputs share a scale and a zero, or all of them."""
 
     name: str
     shapes: tuple[tuple[int, int], ...]  # outputs, inputs
     dtype: torch.dtype | None = None
+    bits: int = 0
     group: int = 0
 
     def pack(self, outputs: int, inputs: int, bias: Tensor | None) -> tuple[Packed, Tensor]:
@@ -34,15 +35,27 @@ class Storage:
         if self.dtype is not None:
             weight = torch.randn(outputs, inputs, generator=generator).to(self.dtype)
             return native.pack(weight, bias), weight.double()
-        groups = inputs // self.group if self.group else 1
-        scales = torch.rand(outputs, groups, generator=generator) + 0.1
-        if not self.group:
-            codes = torch.randint(-128, 128, (outputs, inputs), generator=generator).to(torch.int8)
-            return native.pack_codes(codes, scales, None, 8, bias), codes.double() * scales.double()
-        codes = torch.randint(0, 16, (outputs, inputs), generator=generator).to(torch.uint8)
-        zeros = torch.randint(0, 16, (outputs, groups), generator=generator).float()
-        wide = [part.double().repeat_interleave(self.group, dim=1) for part in (scales, zeros)]
-        return native.pack_codes(codes, scales, zeros, 4, bias), wide[0] * (codes.double() - wide[1])
+        group = self.group or inputs
+        codes = torch.randint(2**self.bits, (outputs, inputs), generator=generator)
+        zeros = torch.randint(2**self.bits, (outputs, inputs // group), generator=generator).float()
+        scales = (torch.rand(zeros.shape, generator=generator) + 0.1).half().float()
+        wide = [part.double().repeat_interleave(group, dim=1) for part in (scales, zeros)]
+        packed = native.pack_codes(codes.to(torch.uint8), scales, zeros, self.bits, bias)
+        return packed, wide[0] * (codes.double() - wide[1])
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the products make of activations, float64: beside codes, 8 bits and a scale for up to 32 inputs."""
+        if not self.bits:
+            return x.double()
+        groups = x.split(self.group or x.shape[1], dim=1)
+        return torch.cat([rounded(block) for group in groups for block in group.split(32, dim=1)], dim=1)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To 127ths of each row's largest, ties to even; float64."""
+    largest = x.abs().amax(dim=1, keepdim=True)
+    steps = torch.where(largest > 0, torch.tensor(127.0) / largest, 0.0)  # 127 / tensor is not a rounded quotient
+    return (x * steps).round().double() * (largest / 127).double()
 
 
 ODD = ((5, 37), (49, 300), (100, 513))  # no whole panels, no whole registers; across stretches of 256 inputs
@@ -50,12 +63,14 @@ STORAGES = (
     Storage("float32", ODD, torch.float32),
     Storage("bfloat16", ODD, torch.bfloat16),
     Storage("float16", ODD, torch.float16),
-    Storage("int8", ODD),
-    Storage("int4-32", ((49, 96), (5, 320)), group=32),
-    Storage("int4-64", ((49, 192), (100, 320)), group=64),
-    Storage("int4-128", ((49, 128), (5, 384)), group=128),
-    Storage("int4-37", ((49, 111),), group=37),
-    Storage("int4-256", ((33, 512),), group=256),
+    Storage("int8", ODD, bits=8),
+    Storage("int8-4", ((5, 12),), bits=8, group=4),
+    Storage("int8-128", ((49, 128), (5, 384)), bits=8, group=128),
+    Storage("int4", ODD, bits=4),
+    Storage("int4-32", ((49, 96), (5, 320)), bits=4, group=32),
+    Storage("int4-37", ((49, 111),), bits=4, group=37),
+    Storage("int4-64", ((49, 192), (100, 320)), bits=4, group=64),
+    Storage("int4-256", ((33, 512),), bits=4, group=256),
 )
 storages = pytest.mark.parametrize("storage", STORAGES, ids=lambda storage: storage.name)
 
@@ -86,10 +101,12 @@ def biases(outputs: int) -> Tensor:
     return torch.randn(outputs, generator=torch.Generator().manual_seed(2)) * 3
 
 
-def bound(x: Tensor, weight: Tensor, more: Tensor | float) -> Tensor:
-    """What a chain of float32 operations over `inputs` may be off by; zeros of 4 bits are summed apart."""
-    zeros = 16.0 * x.double().abs().sum(dim=1, keepdim=True)
-    return (x.shape[1] + 16) * EPSILON * (x.double().abs() @ weight.abs().T + zeros + more)
+def bound(storage: Storage, x: Tensor, weight: Tensor, more: Tensor | float) -> Tensor:
+    """What a chain of float32 operations may be off by: one for each input, or beside codes one for each block and some
+    for each group, where sums of zeros go apart."""
+    operations = 16.0 + (x.shape[1] / 4 if storage.bits else x.shape[1])
+    zeros = {0: 0.0, 4: 16.0, 8: 128.0}[storage.bits] * x.double().abs().sum(dim=1, keepdim=True)
+    return operations * EPSILON * (x.double().abs() @ weight.abs().T + zeros + more)
 
 
 @storages
@@ -101,8 +118,8 @@ def test_products_are_those_of_float64(storage: Storage, with_bias: bool) -> Non
         plus = 0.0 if bias is None else bias.double()
         for rows in ROWS:
             x, start = activations(rows, inputs), activations(rows, outputs, seed=3)
-            wanted = x.double() @ weight.T + plus
-            allowed = bound(x, weight, abs(plus) + start.double().abs())
+            wanted = storage.read(x) @ weight.T + plus
+            allowed = bound(storage, x, weight, abs(plus) + start.double().abs())
             where = f"{outputs} x {inputs}, {rows} rows"
             assert ((product(packed, x) - wanted).abs() <= allowed).all(), where
             added = product(packed, x, ADD, start)
@@ -118,7 +135,7 @@ def test_gated_products_are_those_of_float64(storage: Storage, with_bias: bool) 
     packed, weight = storage.pack(96, inputs, bias)
     for rows in ROWS:
         x = activations(rows, inputs) / inputs**0.5 / weight.abs().max()  # so that no gate is all open or shut
-        whole = x.double() @ weight.T + (0.0 if bias is None else bias.double())
+        whole = storage.read(x) @ weight.T + (0.0 if bias is None else bias.double())
         gate, up = whole.view(rows, 3, 2, 16).unbind(dim=2)
         wanted = (F.silu(gate) * up).flatten(1)
         torch.testing.assert_close(product(packed, x, GATE).double(), wanted, atol=2e-5, rtol=2e-5)

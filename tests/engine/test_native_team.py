@@ -446,5 +446,5 @@ def test_helpers_come_and_go_within_a_long_region(path: Path, probe: Path) -> No
         pass
     regions.end()
     helped = (whose == 1).nonzero().flatten()
-    assert 0 < len(helped) and helped[-1] < len(whose) - 1, "a helper came, and went before the end"
+    assert len(helped) > 0 and helped[-1] < len(whose) - 1, "a helper came, and went before the end"
     regions.close()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tandem.engine.batch import Scheduled, build_batch
 from tandem.engine.engine import Engine
 from tandem.engine.group import Group
 from tandem.engine.plan import Plan
-from tandem.engine.quantization.grouped import quantize
+from tandem.engine.quantization.grouped import GroupedWeight, quantize
 from tandem.engine.rank import Rank
 from tandem.engine.runner import pack
 from tests.engine.model_zoo import (
@@ -30,13 +32,30 @@ FAMILIES = ("llama-biases-tied", "qwen2", "qwen3")
 
 
 def rounded(model: Any, bits: int) -> Any:
-    """`model` with every projection replaced by what its codes are worth; a tied embedding keeps its own weights."""
+    """`model` with every projection replaced by what its codes are worth, its inputs rounded to 8 bits.
+
+    A tied embedding keeps its own weights.
+    """
     with torch.no_grad():
         for name, layer in model.named_modules():
             if isinstance(layer, torch.nn.Linear):
-                worth = quantize(layer.weight, 8 if name == "lm_head" else bits).dequantize()
-                layer.weight = torch.nn.Parameter(worth)
+                found = kept(quantize(layer.weight, 8 if name == "lm_head" else bits))
+                layer.weight = torch.nn.Parameter(found.dequantize())
+                layer.register_forward_pre_hook(lambda _, inputs: (rounded_inputs(inputs[0]),))
     return model
+
+
+def kept(weight: GroupedWeight) -> GroupedWeight:
+    """As the kernels keep it: zeros and scales in 16 bits, but a row's only scale as it is."""
+    scales = weight.scales.half().float() if weight.scales.shape[1] > 1 else weight.scales
+    return replace(weight, scales=scales, zeros=weight.zeros.bfloat16().float())
+
+
+def rounded_inputs(x: Tensor) -> Tensor:
+    """Of every 32 neighbours, to 127ths of the largest."""
+    blocks = x.unflatten(-1, (-1, 32))
+    scales = blocks.abs().amax(-1, keepdim=True) / 127
+    return (blocks / scales).round().mul(scales).flatten(-2)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -65,8 +65,10 @@ inline void place(const Layer& layer, const Step& step, const Cache& cache, int6
     }
 }
 
+// Keys and values of all tokens of the step; attention of those `asked` for, which are all or each sequence's last.
 template <Kind kind>
-inline void attend(Team& team, const Layer& layer, const Step& step, const Cache& cache, const float* x, float* memory, float* y) {
+inline void attend(Team& team, const Layer& layer, const Step& step, const Step& asked, const Cache& cache, const float* x,
+                   float* memory, float* y) {
     const Heads& heads = layer.heads;
     int64_t hidden = layer.qkv.inputs, wide = layer.qkv.outputs;
     float *normed = memory, *qkv = normed + step.tokens * hidden, *seen = qkv + step.tokens * wide;
@@ -75,9 +77,12 @@ inline void attend(Team& team, const Layer& layer, const Step& step, const Cache
     });
     product(team, layer.qkv, normed, step.tokens, STORE, qkv);
     each_row(team, step.tokens, [&](int64_t row) { place<kind>(layer, step, cache, row, qkv + row * wide); });
+    if (asked.tokens < step.tokens)
+        for (int64_t row = 0; row < asked.tokens; row++)  // forward in place: no sequence is without tokens
+            std::memmove(qkv + row * wide, qkv + (step.query_start[row + 1] - 1) * wide, wide * sizeof(float));
     int width = (heads.head_dim + WIDTH - 1) / WIDTH * WIDTH;
-    Attention<kind>{heads, step, cache, qkv, wide, seen, width}.run(team);
-    product(team, layer.output, seen, step.tokens, ADD, y);
+    Attention<kind>{heads, asked, cache, qkv, wide, seen, width}.run(team);
+    product(team, layer.output, seen, asked.tokens, ADD, y);
 }
 
 inline void think(Team& team, const Layer& layer, int64_t rows, const float* x, float* memory, float* y) {
@@ -88,6 +93,24 @@ inline void think(Team& team, const Layer& layer, int64_t rows, const float* x, 
     });
     product(team, layer.gate_up, normed, rows, GATE, gated);
     product(team, layer.down, gated, rows, ADD, y);
+}
+
+// A model's last layer, in place, of each sequence's last token: nobody asks for the others, only for their keys and values.
+template <Kind kind>
+inline void conclude(Team& team, const Layer& layer, const Step& step, const Cache& cache, float* memory, float* x) {
+    int64_t hidden = layer.qkv.inputs;
+    std::vector<float> rows(step.sequences * hidden);
+    std::vector<int32_t> starts(step.sequences + 1);
+    for (int64_t row = 0; row < step.sequences; row++) {
+        std::memcpy(&rows[row * hidden], x + (step.query_start[row + 1] - 1) * hidden, hidden * sizeof(float));
+        starts[row + 1] = int32_t(row + 1);
+    }
+    Step asked = step;
+    asked.tokens = step.sequences, asked.query_start = starts.data();
+    attend<kind>(team, layer, step, asked, cache, x, memory, rows.data());
+    think(team, layer, step.sequences, rows.data(), memory, rows.data());
+    for (int64_t row = 0; row < step.sequences; row++)
+        std::memcpy(x + (step.query_start[row + 1] - 1) * hidden, &rows[row * hidden], hidden * sizeof(float));
 }
 
 }  // namespace tandem

@@ -1,12 +1,11 @@
 // Products of activations with packed weights: y (rows, outputs) = x (rows, inputs) · Wᵀ, and what follows in one go.
 //
 //   packed weights   [outputs / 16][inputs][16]   a panel is 16 outputs, streamed from its first input to its last
-//   I4               [outputs / 32][inputs][16]   a byte holds an input's codes of a panel (low) and the next (high)
 //
 // A task computes GROUP panels for a block of rows. Few rows: the weights go from memory straight into the products,
 // widened to floats in registers. Many rows: a stretch of the panels is widened once into the cache, then reused.
 //
-// dot.h has another way for bfloat16 where the processor does.
+// dot.h has another way for bfloat16 where the processor does, integers.h that of 8 and 4 bits.
 //
 // Invariant: an output is one chain of fused multiply-adds over the inputs in rising order, however many rows there
 // are and whichever way is taken. So a row's result does not depend on the batch it is in.
@@ -29,11 +28,10 @@ constexpr int STRETCH = 256;                       // inputs whose widened panel
 
 struct Matrix {
     const void* data;     // packed
-    const float* scales;  // I8, I4: (groups, outputs): a code is worth scale · (code - zero)
-    const float* zeros;   // I4: (groups, outputs), as -scale · zero
+    const float* scales;  // (outputs,) or null: of the whole row
     const float* bias;    // (outputs,) or null
-    int64_t outputs, inputs;
-    int32_t kind, group;  // of storage; how many inputs share a scale, at most STRETCH (I8: all)
+    int64_t outputs, inputs, group;  // I8, I4: how many inputs share a scale and a zero
+    int32_t kind;                    // of storage
 };
 
 enum Then : int32_t {
@@ -42,7 +40,7 @@ enum Then : int32_t {
     GATE = 2,  // panels alternate between gate and up; y (rows, outputs / 2) = silu(gate) · up
 };
 
-// How LANES weights (or codes, whose scales follow the sum) of one input are found and widened. Exact.
+// How LANES weights of one input are found and widened. Exact.
 template <Kind kind> struct Weights {
     typedef typename Stored<kind>::Element Element;
     const Element* data;
@@ -50,22 +48,6 @@ template <Kind kind> struct Weights {
     Weights(const Matrix& m, int64_t group) : data((const Element*)m.data + group * GROUP * m.inputs * PANEL), inputs(m.inputs) {}
     Vec load(int64_t input, int panel, int vec) const {
         return Stored<kind>::load(data + (panel * inputs + input) * PANEL + vec * LANES);
-    }
-};
-template <> struct Weights<I8> {
-    const int8_t* data;
-    int64_t inputs;
-    Weights(const Matrix& m, int64_t group) : data((const int8_t*)m.data + group * GROUP * m.inputs * PANEL), inputs(m.inputs) {}
-    Vec load(int64_t input, int panel, int vec) const {
-        return to_floats(widen(data + (panel * inputs + input) * PANEL + vec * LANES));
-    }
-};
-template <> struct Weights<I4> {
-    const int8_t* data;
-    Weights(const Matrix& m, int64_t group) : data((const int8_t*)m.data + group * m.inputs * PANEL) {}
-    Vec load(int64_t input, int panel, int vec) const {
-        Ints both = widen(data + input * PANEL + vec * LANES);
-        return to_floats((panel ? both >> 4 : both) & 15);
     }
 };
 struct Widened {  // [panel][input of the stretch][16]
@@ -154,38 +136,14 @@ inline void stretch(const Matrix& m, const W& weights, const float* x, int64_t r
     all_rows(rows, activations, Widened{widened}, 0, count, {sums, WIDTH});
 }
 
-// sums (WIDTH,) += codes · scales + zeros · sum(x)
-inline void rescale(const Matrix& m, int64_t group, int64_t index, const float* x, int64_t count, const float* codes, float* sums) {
-    int64_t outputs = (m.outputs + WIDTH - 1) / WIDTH * WIDTH, first = index * outputs + group * WIDTH;
-    Vec total = Vec{};
-    int64_t input = 0;
-    for (; input + LANES <= count; input += LANES) total += read<Vec>(x + input);
-    float all = sum(total);
-    for (; input < count; input++) all += x[input];
-    for (int column = 0; column < WIDTH; column += LANES) {
-        Vec value = fused(read<Vec>(codes + column), read<Vec>(m.scales + first + column), read<Vec>(sums + column));
-        write(sums + column, fused(read<Vec>(m.zeros + first + column), broadcast(all), value));
-    }
-}
-
-// sums (rows, WIDTH) of one group of panels. `scratch` holds BLOCK_ROWS · WIDTH + GROUP · STRETCH · PANEL floats.
+// sums (rows, WIDTH) of one group of panels. `widened` holds GROUP · STRETCH · PANEL floats.
 template <Kind kind>
-inline void block(const Matrix& m, int64_t group, const float* x, int64_t rows, float* sums, float* scratch) {
+inline void block(const Matrix& m, int64_t group, const float* x, int64_t rows, float* sums, float* widened) {
     Weights<kind> weights(m, group);
-    float *codes = scratch, *widened = scratch + BLOCK_ROWS * WIDTH;
     std::fill(sums, sums + rows * WIDTH, 0.0f);
-    int64_t unit = kind == I4 ? m.group : rows <= FEW_ROWS ? m.inputs : STRETCH;
-    for (int64_t from = 0; from < m.inputs; from += unit) {
-        int64_t count = std::min(unit, m.inputs - from);
-        if (kind != I4) {
-            stretch(m, weights, x, rows, from, count, sums, widened);
-            continue;
-        }
-        std::fill(codes, codes + rows * WIDTH, 0.0f);
-        stretch(m, weights, x, rows, from, count, codes, widened);
-        for (int64_t row = 0; row < rows; row++)
-            rescale(m, group, from / unit, x + row * m.inputs + from, count, codes + row * WIDTH, sums + row * WIDTH);
-    }
+    int64_t unit = rows <= FEW_ROWS ? m.inputs : STRETCH;
+    for (int64_t from = 0; from < m.inputs; from += unit)
+        stretch(m, weights, x, rows, from, std::min(unit, m.inputs - from), sums, widened);
 }
 
 inline Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
@@ -195,7 +153,7 @@ inline void finish(const Matrix& m, int64_t group, Then then, const float* sums,
     float done[WIDTH];
     for (int column = 0; column < WIDTH; column += LANES) {
         Vec value = read<Vec>(sums + column);
-        if (m.kind == I8) value *= read<Vec>(m.scales + group * WIDTH + column);
+        if (m.scales) value *= read<Vec>(m.scales + group * WIDTH + column);
         if (m.bias) value += read<Vec>(m.bias + group * WIDTH + column);
         write(done + column, value);
     }
@@ -215,7 +173,7 @@ template <class F> inline void each_block(Team& team, const Matrix& m, int64_t r
     int64_t groups = (m.outputs + WIDTH - 1) / WIDTH, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     team.run(groups * blocks, [&](int64_t task, int thread) {
         int64_t index = task % blocks, first = rows * index / blocks, last = rows * (index + 1) / blocks;
-        work(task / blocks, first, last - first, team.scratch(thread, 2 * BLOCK_ROWS * WIDTH + GROUP * STRETCH * PANEL));
+        work(task / blocks, first, last - first, team.scratch(thread, BLOCK_ROWS * WIDTH + GROUP * STRETCH * PANEL));
     });
 }
 
@@ -236,15 +194,17 @@ inline void product(Team& team, const Matrix& m, const float* x, int64_t rows, T
     });
 }
 
-void dot_product(Team& team, const Matrix& m, const float* x, int64_t rows, Then then, float* y);  // dot.h
+// in dot.h and integers.h
+void dot_product(Team& team, const Matrix& m, const float* x, int64_t rows, Then then, float* y);
+template <Kind kind> void code_product(Team& team, const Matrix& m, const float* x, int64_t rows, Then then, float* y);
 
 inline void product(Team& team, const Matrix& m, const float* x, int64_t rows, Then then, float* y) {
     switch (m.kind) {
         case F32: return product<F32>(team, m, x, rows, then, y);
         case BF16: return HAS_DOT ? dot_product(team, m, x, rows, then, y) : product<BF16>(team, m, x, rows, then, y);
         case F16: return product<F16>(team, m, x, rows, then, y);
-        case I8: return product<I8>(team, m, x, rows, then, y);
-        case I4: return product<I4>(team, m, x, rows, then, y);
+        case I8: return code_product<I8>(team, m, x, rows, then, y);
+        case I4: return code_product<I4>(team, m, x, rows, then, y);
     }
 }
 

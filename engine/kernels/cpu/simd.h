@@ -4,7 +4,8 @@
 //   PANEL   16 floats, the unit in which weights, keys and values are laid out; VECS registers of them
 //
 // Every result in these kernels is a chain of fused multiply-adds in an order that depends on its own row only: not
-// on the batch around it, nor on the chunk it is computed in, nor on the number of threads. See matmul.h, attention.h.
+// on the batch around it, nor on the chunk it is computed in, nor on the number of threads. See matmul.h, attention.h
+// and integers.h, where some of the links are exact sums of integers.
 #pragma once
 
 #include <cmath>
@@ -34,7 +35,6 @@ constexpr int VECS = PANEL / LANES;
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 enum Kind : int32_t { F32 = 0, BF16 = 1, F16 = 2, I8 = 3, I4 = 4 };
 
@@ -124,15 +124,6 @@ inline Ints widen(const uint16_t* from) {
     return (Ints)_mm256_cvtepu16_epi32(read<__m128i>(from));
 #else
     return __builtin_convertvector(read<Halves>(from), Ints);
-#endif
-}
-inline Ints widen(const int8_t* from) {
-#if defined(__AVX512F__)
-    return (Ints)_mm512_cvtepi8_epi32(read<__m128i>(from));
-#elif defined(__AVX2__)
-    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
-#else
-    return __builtin_convertvector(read<Bytes>(from), Ints);
 #endif
 }
 inline Vec to_floats(Ints v) { return __builtin_convertvector(v, Vec); }

@@ -2,6 +2,7 @@
 // into the caller but std::bad_alloc, which ends the process: the engine has no use for half a step.
 
 #include "dot.h"
+#include "integers.h"
 #include "layer.h"
 
 using namespace tandem;
@@ -36,15 +37,11 @@ void tandem_attention(Team* team, const Heads* heads, const Step* step, const Ca
     if (cache->kind == F16) Attention<F16>{*heads, *step, *cache, query, row, seen, width}.run(*team);
 }
 
-static void attend(Team* team, const Layer* layer, const Step* step, const Cache* cache, const float* x, float* memory, float* y) {
-    if (cache->kind == F32) attend<F32>(*team, *layer, *step, *cache, x, memory, y);
-    if (cache->kind == BF16) attend<BF16>(*team, *layer, *step, *cache, x, memory, y);
-    if (cache->kind == F16) attend<F16>(*team, *layer, *step, *cache, x, memory, y);
-}
-
 // y (T, hidden) += the attention half of `x`; `memory`: T · (hidden + q, k and v + q) floats.
 void tandem_attend(Team* team, const Layer* layer, const Step* step, const Cache* cache, const float* x, float* memory, float* y) {
-    attend(team, layer, step, cache, x, memory, y);
+    if (cache->kind == F32) attend<F32>(*team, *layer, *step, *step, *cache, x, memory, y);
+    if (cache->kind == BF16) attend<BF16>(*team, *layer, *step, *step, *cache, x, memory, y);
+    if (cache->kind == F16) attend<F16>(*team, *layer, *step, *step, *cache, x, memory, y);
 }
 
 // y (rows, hidden) += the MLP half of `x`; `memory`: rows · (hidden + inner) floats.
@@ -52,11 +49,20 @@ void tandem_think(Team* team, const Layer* layer, int64_t rows, const float* x, 
     think(*team, *layer, rows, x, memory, y);
 }
 
-// x (T, hidden), through `count` whole layers in place.
-void tandem_layers(Team* team, const Layer* layers, const Cache* caches, int64_t count, const Step* step, float* memory, float* x) {
-    for (int64_t index = 0; index < count; index++) {
-        attend(team, layers + index, step, caches + index, x, memory, x);
-        think(*team, layers[index], step->tokens, x, memory, x);
+// x (T, hidden), through layers first … end - 1, in place; through layer `last`, only each sequence's last token.
+void tandem_layers(Team* team, const Layer* layers, const Cache* caches, int64_t first, int64_t end, int64_t last, const Step* step,
+                   float* memory, float* x) {
+    for (; first < end; first++) {
+        const Layer& layer = layers[first];
+        const Cache& cache = caches[first];
+        if (first != last) {
+            tandem_attend(team, &layer, step, &cache, x, memory, x);
+            think(*team, layer, step->tokens, x, memory, x);
+            continue;
+        }
+        if (cache.kind == F32) conclude<F32>(*team, layer, *step, cache, memory, x);
+        if (cache.kind == BF16) conclude<BF16>(*team, layer, *step, cache, memory, x);
+        if (cache.kind == F16) conclude<F16>(*team, layer, *step, cache, memory, x);
     }
 }
 }
