@@ -24,7 +24,6 @@ namespace tandem {
 constexpr int BLOCK = 32, QUADS = BLOCK / 4;
 constexpr int HEAD = PANEL * 2 * sizeof(uint16_t);
 constexpr int CODE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 5 : 4;  // whose sums fit into registers
-constexpr int AHEAD = 1536;                                      // bytes that are fetched before they are needed
 
 struct Block {
     int32_t quads[QUADS];  // of four inputs each

@@ -2,13 +2,13 @@
 //
 //   packed weights   [outputs / 16][inputs][16]   a panel is 16 outputs, streamed from its first input to its last
 //
-// A task computes GROUP panels for a block of rows. Few rows: the weights go from memory straight into the products,
-// widened to floats in registers. Many rows: a stretch of the panels is widened once into the cache, then reused.
+// A task computes GROUP panels for a block of rows, TILE_ROWS at a time. Weights go from memory or cache straight into
+// the products, widened to floats in registers: that costs less than floats of twice the size in the cache would.
 //
 // dot.h has another way for bfloat16 where the processor does, integers.h that of 8 and 4 bits.
 //
 // Invariant: an output is one chain of fused multiply-adds over the inputs in rising order, however many rows there
-// are and whichever way is taken. So a row's result does not depend on the batch it is in.
+// are. So a row's result does not depend on the batch it is in.
 #pragma once
 
 #include <algorithm>
@@ -22,9 +22,8 @@ constexpr int GROUP = 2;                           // panels of a task
 constexpr int WIDTH = GROUP * PANEL;               // its outputs
 constexpr int TILE_ROWS = LANES == 8 ? 6 : 12;     // rows whose sums fit into registers beside one panel's weights
 constexpr int SUMS = LANES == 8 ? 8 : 24;          // registers for sums while the weights of a whole group are held
-constexpr int FEW_ROWS = 12;                       // up to these, weights are not widened into the cache
 constexpr int BLOCK_ROWS = 120;                    // of a task; its activations stay in the cache
-constexpr int STRETCH = 256;                       // inputs whose widened panels stay in the first-level cache
+constexpr int AHEAD = 1536;                        // bytes that are fetched before they are needed
 
 struct Matrix {
     const void* data;     // packed
@@ -50,12 +49,12 @@ template <Kind kind> struct Weights {
         return Stored<kind>::load(data + (panel * inputs + input) * PANEL + vec * LANES);
     }
 };
-struct Widened {  // [panel][input of the stretch][16]
-    const float* data;
-    Vec load(int64_t input, int panel, int vec) const {
-        return read<Vec>(data + (panel * STRETCH + input) * PANEL + vec * LANES);
-    }
-};
+
+// Asks for weights that will be needed soon: by itself the processor stops doing so at the end of each page.
+template <class W> inline void fetch(const W&, int64_t, int) {}
+template <Kind kind> inline void fetch(const Weights<kind>& weights, int64_t input, int panel) {
+    __builtin_prefetch((const char*)(weights.data + (panel * weights.inputs + input) * PANEL) + AHEAD);
+}
 
 struct Rows {  // of activations
     const float* data;
@@ -76,6 +75,7 @@ inline void tile(const Rows& x, const W& weights, int first_panel, int64_t from,
                 total[row][panel][vec] = read<Vec>(sums.data + row * sums.row + panel * PANEL + vec * LANES);
     for (int64_t input = 0; input < count; input++) {
         Vec weight[PANELS][VECS];
+        for (int panel = 0; panel < PANELS; panel++) fetch(weights, from + input, first_panel + panel);
         for (int panel = 0; panel < PANELS; panel++)
             for (int vec = 0; vec < VECS; vec++) weight[panel][vec] = weights.load(from + input, first_panel + panel, vec);
         for (int row = 0; row < ROWS; row++) {
@@ -123,29 +123,6 @@ inline void all_rows(int64_t rows, const Rows& x, const W& weights, int64_t from
     }
 }
 
-// sums (rows, WIDTH) += x (rows, count) · weights [from, from + count)
-template <class W>
-inline void stretch(const Matrix& m, const W& weights, const float* x, int64_t rows, int64_t from, int64_t count, float* sums,
-                    float* widened) {
-    Rows activations{x + from, m.inputs};
-    if (rows <= FEW_ROWS) return all_rows(rows, activations, weights, from, count, {sums, WIDTH});
-    for (int panel = 0; panel < GROUP; panel++)
-        for (int64_t input = 0; input < count; input++)
-            for (int vec = 0; vec < VECS; vec++)
-                write(widened + (panel * STRETCH + input) * PANEL + vec * LANES, weights.load(from + input, panel, vec));
-    all_rows(rows, activations, Widened{widened}, 0, count, {sums, WIDTH});
-}
-
-// sums (rows, WIDTH) of one group of panels. `widened` holds GROUP · STRETCH · PANEL floats.
-template <Kind kind>
-inline void block(const Matrix& m, int64_t group, const float* x, int64_t rows, float* sums, float* widened) {
-    Weights<kind> weights(m, group);
-    std::fill(sums, sums + rows * WIDTH, 0.0f);
-    int64_t unit = rows <= FEW_ROWS ? m.inputs : STRETCH;
-    for (int64_t from = 0; from < m.inputs; from += unit)
-        stretch(m, weights, x, rows, from, std::min(unit, m.inputs - from), sums, widened);
-}
-
 inline Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
 
 // What follows the product, for one row of a group: `sums` (WIDTH,) into the row `y` of the result.
@@ -168,12 +145,12 @@ inline void finish(const Matrix& m, int64_t group, Then then, const float* sums,
     std::memcpy(y + first, done, count * sizeof(float));
 }
 
-// work(group, first row, rows, sums) for each group of panels and block of rows; `sums` has scratch memory behind it.
+// work(group, first row, rows, sums) for each group of panels and block of rows.
 template <class F> inline void each_block(Team& team, const Matrix& m, int64_t rows, F&& work) {
     int64_t groups = (m.outputs + WIDTH - 1) / WIDTH, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     team.run(groups * blocks, [&](int64_t task, int thread) {
         int64_t index = task % blocks, first = rows * index / blocks, last = rows * (index + 1) / blocks;
-        work(task / blocks, first, last - first, team.scratch(thread, BLOCK_ROWS * WIDTH + GROUP * STRETCH * PANEL));
+        work(task / blocks, first, last - first, team.scratch(thread, BLOCK_ROWS * WIDTH));
     });
 }
 
@@ -189,7 +166,8 @@ template <Kind kind>
 inline void product(Team& team, const Matrix& m, const float* x, int64_t rows, Then then, float* y) {
     int64_t y_row = then == GATE ? m.outputs / 2 : m.outputs;
     each_block(team, m, rows, [&](int64_t group, int64_t first, int64_t count, float* sums) {
-        block<kind>(m, group, x + first * m.inputs, count, sums, sums + BLOCK_ROWS * WIDTH);
+        std::fill(sums, sums + count * WIDTH, 0.0f);
+        all_rows(count, {x + first * m.inputs, m.inputs}, Weights<kind>(m, group), 0, m.inputs, {sums, WIDTH});
         for (int64_t row = 0; row < count; row++) finish(m, group, then, sums + row * WIDTH, y + (first + row) * y_row);
     });
 }
