@@ -96,7 +96,12 @@ class Engine:
         return results
 
     def prepare(self) -> bool:
-        """Make a little ready for steps to come, while there is none; whether there is more of it to do."""
+        """Make a little ready for steps to come, while there is none; whether there is more of it to do.
+
+        Called by the thread that will run the steps: it stays on this worker's own cores from now on.
+        """
+        if self._rank.cores is not None:
+            self._rank.cores.stay_home()
         return self._rank.cache.prepare()
 
     def post_prompts(self, count: int) -> None:

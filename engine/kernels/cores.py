@@ -4,6 +4,9 @@
 
 A line belongs to whoever holds a lock on its first byte. The system releases that with its holder, and a line whose
 holder is gone says nothing any more, because its time grows old: there is nothing to tidy up after a crash.
+
+Behind the lines a byte for each processor is locked by whom it is a home of. A worker's own thread stays at home, so
+decode and prefill do not meet on one core while another is idle; the helpers that it lends and borrows go anywhere.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import mmap
 import os
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +37,21 @@ class CoreTable:
         self._table = np.frombuffer(self._memory, FIELDS)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.lines, self.mine, self.own = LINES, mine, own
+        self._home: set[int] | None = None  # None: nobody has looked for one yet
+
+    def stay_home(self) -> set[int]:
+        """Keep the calling thread on `own` processors that are nobody else's home, if there are; once a process.
+
+        Returns them.
+        """
+        if self._home is None:
+            self._home = set()
+            homes = (cpu for cpu in sorted(os.sched_getaffinity(0)) if _lock(self._descriptor, LINE * LINES + cpu))
+            found = set(islice(homes, self.own))
+            if len(found) == self.own:
+                os.sched_setaffinity(0, found)
+                self._home = found
+        return self._home
 
     def post_prompts(self, count: int) -> None:
         """Tell the others how many prompts this worker computes or has waiting."""
@@ -54,7 +73,7 @@ class CoreTable:
         try:
             if os.fstat(descriptor).st_uid == os.getuid():
                 os.posix_fallocate(descriptor, 0, LINE * LINES)  # a write into a full file system would end us
-                mine = next((line for line in range(LINES) if _lock(descriptor, line)), None)
+                mine = next((line for line in range(LINES) if _lock(descriptor, line * LINE)), None)
                 if mine is not None:
                     return cls(descriptor, mine, own)
         except OSError:
@@ -71,9 +90,9 @@ def table(own: int) -> CoreTable | None:
     return CoreTable.join(own, directory / f"tandem-cores-{os.getuid()}")
 
 
-def _lock(descriptor: int, line: int) -> bool:
+def _lock(descriptor: int, byte: int) -> bool:
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, line * LINE)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
     except OSError:
         return False
     return True
