@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,11 +79,11 @@ class Plan:
         """Of the codes of a weight that is quantized at load."""
         return QUANTIZATIONS[self.quantization] if self.quantization else None
 
-    def in_float8(self, name: str) -> bool:
-        """Whether the weight `name` of a linear layer is held in FP8. A checkpoint that has some so leaves others out
-        for a reason."""
-        published = _published_float8(self.checkpoint)
-        return self.quantization == "fp8" and (not published or name in published)
+    def in_float8(self) -> Callable[[str], bool]:
+        """Says of the name of a linear layer's weight whether it is held in FP8. A checkpoint that has some so leaves
+        others out for a reason."""
+        published, wanted = _published_float8(self.checkpoint), self.quantization == "fp8"
+        return lambda name: wanted and (not published or name in published)
 
     def device(self, rank: int) -> torch.device:
         return torch.device("cuda", rank) if self.device_type == "cuda" else torch.device("cpu")

@@ -68,7 +68,7 @@ def _graphs(plan: Plan, group: Group, attention: AttentionBackend) -> Graphs | N
 
 def _load_model(plan: Plan, group: Group, device: torch.device, on_progress: Progress | None) -> Transformer:
     try:
-        model = Transformer(plan.model, Placement(device, getattr(torch, plan.dtype), group, plan.in_float8))
+        model = Transformer(plan.model, Placement(device, getattr(torch, plan.dtype), group, plan.in_float8()))
     except RuntimeError as exc:  # both allocators' out-of-memory errors are one
         reason = str(exc).splitlines()[0]
         raise ConfigError(f"{plan.config.model}: the weights do not fit on {device}: {reason}") from exc

@@ -18,6 +18,7 @@ import mmap
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class CoreTable:
             if len(found) == self.own:
                 os.sched_setaffinity(0, found)
                 self._home = found
+            else:
+                _unlock(self._descriptor, [LINE * LINES + cpu for cpu in found])
         return self._home
 
     def post_prompts(self, count: int) -> None:
@@ -96,3 +99,8 @@ def _lock(descriptor: int, byte: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _unlock(descriptor: int, found: Iterable[int]) -> None:
+    for byte in found:
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, byte)

@@ -39,7 +39,7 @@ def refused(*arguments: str) -> str:
     started, before = cpu_seconds(), run_directories()
     result = tandem("serve", *arguments)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert cpu_seconds() - started < 14.0  # half of it for Ray, which starts meanwhile; workers would need more
+    assert cpu_seconds() - started < 14.0  # seen: 7, and 8.3 on a slow machine
     assert not [path for path in run_directories() - before if (path / "serve.json").exists()]
     (line,) = result.stderr.splitlines()
     return line

@@ -174,7 +174,7 @@ def plan(directory: Path, **flags: Any) -> Plan:
 def test_hopper_holds_weights_in_fp8(directory: Path, cuda: pytest.MonkeyPatch) -> None:
     plain, made = plan(directory), plan(directory, quantization="fp8", kv_cache_dtype="fp8")
     assert made.quantization == "fp8" and made.bits is None and made.layout.dtype == "float8_e4m3fn"
-    assert made.in_float8("model.layers.0.mlp.down_proj.weight") and not plain.in_float8("x")
+    assert made.in_float8()("model.layers.0.mlp.down_proj.weight") and not plain.in_float8()("x")
     with pytest.raises(ConfigError, match="deterministic needs the native CPU kernels"):
         plan(directory, quantization="fp8", deterministic=True)
     with pytest.raises(
@@ -203,8 +203,8 @@ def test_published_weights_stay_so_where_they_can_be_multiplied(
     path, _ = write_both(llama, tmp_path, FORMATS["fp8-blocks"], skip=(left,))
     kept, on_cpu, in_float16 = plan(path), plan(path, device="cpu"), plan(path, dtype="float16")
     assert (kept.quantization, on_cpu.quantization, in_float16.quantization) == ("fp8", None, None)
-    assert kept.in_float8("model.layers.0.mlp.down_proj.weight") and not kept.in_float8(f"{left}.weight")
-    assert not on_cpu.in_float8("model.layers.0.mlp.down_proj.weight")
+    assert kept.in_float8()("model.layers.0.mlp.down_proj.weight") and not kept.in_float8()(f"{left}.weight")
+    assert not on_cpu.in_float8()("model.layers.0.mlp.down_proj.weight")
     assert plan(path, quantization="fp8").layout == kept.layout and kept.layout.pairing != on_cpu.layout.pairing
     cuda.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert plan(path).quantization is None

@@ -66,6 +66,7 @@ def test_homes_are_apart_and_free_when_their_worker_dies(workers: Workers) -> No
 def test_a_worker_of_more_cores_than_are_left_goes_anywhere(workers: Workers) -> None:
     assert workers.start(len(ALLOWED) - 1)[0] == ALLOWED[:-1]
     assert workers.start(2) == ([], ALLOWED)
+    assert workers.start() == ([ALLOWED[-1]], [ALLOWED[-1]]), "nor does it keep others from the ones that are left"
 
 
 def test_only_the_thread_that_asked_stays(tmp_path: Path) -> None:
