@@ -3,11 +3,12 @@
 //   kv of one layer   (blocks, 2, kv_heads, block_size, head_dim), strided; a block table per sequence
 //   rows              the query heads that share a kv head, of one or more tokens: token 0: head 0 … G-1 | token 1: …
 //
-// A task is one kv head of a sequence for MAX_ROWS rows at most. It walks the context in tiles of TILE positions: keys
-// are widened and transposed once for all rows, and values widened if there are many rows; then two products (the ones
-// of matmul.h; of paged.h for few rows) with an online softmax in between (FlashAttention-2). Every SPLIT positions the
-// running maximum, sum and values are merged into the total, so a single token's long context can be shared by several
-// threads (flash decoding).
+// A task is one kv head of a sequence for MAX_ROWS rows at most; or, for a single token, several heads: they lie one
+// behind the other in a block, and memory is read faster in longer pieces. It walks the context in tiles of TILE
+// positions, head by head: keys are widened and transposed once for all rows, and values widened if there are many
+// rows; then two products (the ones of matmul.h; of paged.h for few rows) with an online softmax in between
+// (FlashAttention-2). Every SPLIT positions the running maximum, sum and values are merged into the total, so a single
+// token's long context can be shared by several threads (flash decoding).
 //
 // Invariant: tiles and splits begin at fixed positions, and a row's numbers do not depend on the other rows. So a
 // token's output is the same bits in whichever chunk or batch it is computed.
@@ -17,8 +18,10 @@
 
 namespace tandem {
 
-constexpr int SPLIT = 512;      // positions
-constexpr int MAX_ROWS = 96;    // of a task, unless more heads share one kv head
+constexpr int SPLIT = 512;            // positions
+constexpr int NEAR = 48 << 10;        // bytes of a tile that can wait in the cache while another is computed
+constexpr int MAX_ROWS = 96;          // of a task, unless a token has more heads
+constexpr int PIECES = 2 * TILE + 3;  // of memory that make up a tile in blocks of any size, and one more
 
 struct Cache {
     void* data;  // of this layer
@@ -40,17 +43,19 @@ struct Heads {
 };
 
 struct Task {
-    int64_t sequence, kv_head;
-    int64_t first, tokens;  // of the sequence's new tokens
-    int64_t from, to;       // positions of the context
-    int64_t slot;           // -1: the whole context; else where this split's partial result goes
+    int64_t sequence;
+    int64_t kv_head, kv_heads;  // the first, and how many: one for many tokens
+    int64_t first, tokens;      // of the sequence's new tokens
+    int64_t from, to;           // positions of the context
+    int64_t slot;               // -1: the whole context; else where this split's partial results begin
 };
 
 struct Partial {  // of some rows: maxima, sums (rows,), values (rows, width)
     float *maxima, *sums, *values;
     static size_t floats(int64_t rows, int width) { return size_t(rows) * (2 + width); }
-    Partial(float* memory, int64_t rows) : maxima(memory), sums(memory + rows), values(memory + 2 * rows) {}
-    void clear(int64_t rows, int width) {
+    static Partial in(float* memory, int64_t rows) { return {memory, memory + rows, memory + 2 * rows}; }
+    Partial behind(int64_t rows, int width) const { return {maxima + rows, sums + rows, values + rows * width}; }
+    void clear(int64_t rows, int width) const {
         std::fill(maxima, maxima + rows, -std::numeric_limits<float>::infinity());
         std::fill(sums, sums + rows, 0.0f);
         std::fill(values, values + rows * width, 0.0f);
@@ -72,9 +77,18 @@ template <Kind kind> struct Attention {
     // queries (most, width) | keys (width, WIDTH) | values (TILE, width) | scores (most, TILE) | maxima (most,) | 2 partials
     size_t scratch() const { return tile_scratch() + 2 * Partial::floats(most(), width); }
     size_t tile_scratch() const { return size_t(most()) * (width + TILE + 1) + (WIDTH + TILE) * width; }
-    int64_t most() const { return std::max<int64_t>(MAX_ROWS, group); }
+    int64_t most() const { return std::max<int64_t>(MAX_ROWS, heads.heads); }
 
-    // Where elements of a tile's positions before `task.to` begin, (TILE + 1,); keys, with values `cache.part` behind.
+    // A task's rows: kv head by kv head, token by token.
+    int64_t rows_of(const Task& task) const { return task.kv_heads * task.tokens * group; }
+    int64_t token_of(const Task& task, int64_t row) const {
+        return step.query_start[task.sequence] + task.first + row / group % task.tokens;
+    }
+    int64_t head_of(const Task& task, int64_t row) const {
+        return (task.kv_head + row / (task.tokens * group)) * group + row % group;
+    }
+
+    // Where keys of a tile's positions before `task.to` begin, (TILE,), of its first head; values are `cache.part` behind.
     void find(const Task& task, int64_t position, const Element** found) const {
         int64_t count = std::min<int64_t>(TILE, task.to - position);
         const int32_t* table = step.tables + task.sequence * step.table_width;
@@ -85,7 +99,18 @@ template <Kind kind> struct Attention {
             const Element* element = head + table[block] * stride + offset * token;
             for (; offset < size && index < count; offset++, element += token) found[index++] = element;
         }
-        for (int64_t index = count; index <= TILE; index++) found[index] = found[count - 1];  // masked later
+        for (int64_t index = count; index < TILE; index++) found[index] = found[count - 1];  // masked later
+    }
+
+    // The memory of a tile, of all heads: keys and values of each block. `pieces` has room for `PIECES`.
+    Ahead memory_of(const Task& task, int64_t position, const char** pieces) const {
+        const int32_t* table = step.tables + task.sequence * step.table_width;
+        const Element* first = (const Element*)cache.data + task.kv_head * cache.head;
+        int64_t last = (std::min(position + TILE, task.to) - 1) / cache.block_size, count = 0;
+        for (int64_t block = position / cache.block_size; block <= last; block++)
+            for (int64_t part : {int64_t(0), cache.part}) pieces[count++] = (const char*)(first + table[block] * cache.block + part);
+        pieces[count] = pieces[count - 1];
+        return {pieces, pieces + count, task.kv_heads * cache.head * int64_t(sizeof(Element))};
     }
 
     // (WIDTH positions, head_dim) -> [head_dim][WIDTH]
@@ -143,40 +168,32 @@ template <Kind kind> struct Attention {
             if (index < first || index >= last) scores[index] = -std::numeric_limits<float>::infinity();
     }
 
-    // One tile, with another ahead or null: scores, softmax in place, values.
-    void tile_of(const Task& task, int64_t position, const Element* const* found, const Element* const* ahead, float* memory,
-                 Partial& part) const {
+    // One tile of one head: scores, softmax in place, values.
+    void tile_of(const Task& task, int64_t position, const Element* const* found, const float* queries, float* memory,
+                 const Partial& part, Ahead& ahead) const {
         int64_t rows = task.tokens * group, count = std::min<int64_t>(TILE, task.to - position), dim = heads.head_dim;
-        float *queries = memory, *keys = queries + most() * width, *values = keys + WIDTH * width, *scores = values + TILE * width;
+        float *keys = memory, *values = keys + WIDTH * width, *scores = values + TILE * width;
         bool few = rows <= TILE_ROWS, direct = few && dim % WIDTH == 0;  // values used once are not worth widening apart
-        Ahead next_keys = lines(found, ahead, 0), next_values = lines(found, ahead, cache.part);
         std::fill(scores, scores + rows * TILE, 0.0f);
         for (int64_t column = 0; column < count; column += WIDTH) {
-            widen_keys(found + column, keys, next_keys);
-            multiply(few, rows, {queries, width}, Floats{keys, WIDTH}, dim, {scores + column, TILE}, next_keys);
+            widen_keys(found + column, keys, ahead);
+            multiply(few, rows, {queries, width}, Floats{keys, WIDTH}, dim, {scores + column, TILE}, ahead);
         }
         soften(task, position, count, scores, scores + most() * TILE, part);
         if (!direct) widen_values(found, count, values);
         for (int column = 0; column < width; column += WIDTH) {
             Sums sums{part.values + column, width};
-            if (direct) few_rows(rows, {scores, TILE}, Values<kind>{found, cache.part + column}, count, sums, next_values);
-            else multiply(few, rows, {scores, TILE}, Floats{values + column, width}, count, sums, next_values);
+            if (direct) few_rows(rows, {scores, TILE}, Values<kind>{found, cache.part + column}, count, sums, ahead);
+            else multiply(few, rows, {scores, TILE}, Floats{values + column, width}, count, sums, ahead);
         }
-        next_keys.rest(), next_values.rest();
-    }
-
-    Ahead lines(const Element* const* found, const Element* const* ahead, int64_t part) const {
-        auto begin = (const char* const*)(ahead ? ahead : found);
-        int64_t first = part * int64_t(sizeof(Element)), size = heads.head_dim * int64_t(sizeof(Element));
-        return {begin, ahead ? begin + TILE : begin, first, first + size};
     }
 
     static void multiply(bool few, int64_t rows, const Rows& x, const Floats& source, int64_t count, const Sums& sums, Ahead& ahead) {
-        few ? few_rows(rows, x, source, count, sums, ahead) : all_rows(rows, x, source, 0, count, sums);
+        few ? few_rows(rows, x, source, count, sums, ahead) : all_rows(rows, x, source, count, sums);
     }
 
     // Online softmax: scores become weights, what was summed before is scaled to the new maxima `grown`.
-    void soften(const Task& task, int64_t position, int64_t count, float* scores, float* grown, Partial& part) const {
+    void soften(const Task& task, int64_t position, int64_t count, float* scores, float* grown, const Partial& part) const {
         int64_t rows = task.tokens * group;
         for (int64_t row = 0; row < rows; row++) {
             mask(task, row, position, count, scores + row * TILE);
@@ -204,14 +221,14 @@ template <Kind kind> struct Attention {
         return largest(most[0], most[1]);
     }
 
-    void decay(int64_t row, Vec factor, Partial& part) const {
+    void decay(int64_t row, Vec factor, const Partial& part) const {
         float* values = part.values + row * width;
         part.sums[row] *= factor[0];
         for (int column = 0; column < width; column += LANES) write(values + column, read<Vec>(values + column) * factor);
     }
 
     // total <- total and part, for each row
-    void merge(int64_t rows, Partial& total, const Partial& part) const {
+    void merge(int64_t rows, const Partial& total, const Partial& part) const {
         const float nothing = -std::numeric_limits<float>::infinity();
         for (int64_t row = 0; row < rows; row++) {
             if (part.maxima[row] == nothing) continue;
@@ -227,46 +244,48 @@ template <Kind kind> struct Attention {
     }
 
     // A task of one split, and what follows it, if anything does: its first tile is fetched behind our last.
-    void split(const Task& task, const Task* next, float* memory, Partial& part) const {
-        const Element *memories[2][TILE + 1], **found = memories[0], **ahead = memories[1];
-        part.clear(task.tokens * group, width);
-        find(task, task.from, found);
+    void split(const Task& task, const Task* next, float* memory, const Partial& part) const {
+        const Element* found[TILE];
+        const char* pieces[PIECES];
+        const float* queries = memory;
+        memory += most() * width;
+        part.clear(rows_of(task), width);
         for (int64_t position = task.from; position < task.to; position += TILE) {
-            bool last = position + TILE >= task.to;
-            if (!last) find(task, position + TILE, ahead);
-            else if (next) find(*next, next->from, ahead);
-            tile_of(task, position, found, last && !next ? nullptr : ahead, memory, part);
-            std::swap(found, ahead);
+            int64_t then = position + TILE;
+            Ahead ahead = then < task.to ? memory_of(task, then, pieces)
+                          : next         ? memory_of(*next, next->from, pieces)
+                                         : memory_of(task, position, pieces);
+            find(task, position, found);
+            for (int64_t head = 0, row = 0; head < task.kv_heads; head++, row += task.tokens * group) {
+                tile_of(task, position, found, queries + row * width, memory, part.behind(row, width), ahead);
+                for (auto& element : found) element += cache.head;
+            }
+            ahead.rest();
         }
     }
 
     // Queries come scaled, so that scores are.
     void gather_queries(const Task& task, float* queries) const {
-        for (int64_t row = 0; row < task.tokens * group; row++) {
-            int64_t token = step.query_start[task.sequence] + task.first + row / group;
-            const float* from = query + token * query_row + (task.kv_head * group + row % group) * heads.head_dim;
+        for (int64_t row = 0; row < rows_of(task); row++) {
+            const float* from = query + token_of(task, row) * query_row + head_of(task, row) * heads.head_dim;
             for (int at = 0; at < heads.head_dim; at++) queries[row * width + at] = from[at] * heads.scale;
         }
     }
 
     void store(const Task& task, const Partial& total) const {
-        for (int64_t row = 0; row < task.tokens * group; row++) {
-            int64_t token = step.query_start[task.sequence] + task.first + row / group;
-            float* to = output + (token * heads.heads + task.kv_head * group + row % group) * heads.head_dim;
+        for (int64_t row = 0; row < rows_of(task); row++) {
+            float* to = output + (token_of(task, row) * heads.heads + head_of(task, row)) * heads.head_dim;
             const float* values = total.values + row * width;
             for (int at = 0; at < heads.head_dim; at++) to[at] = values[Values<kind>::column(at)] / total.sums[row];
         }
     }
 
     void compute(const Task& task, const Task* next, float* memory, float* partials) const {
-        int64_t rows = task.tokens * group;
+        int64_t rows = rows_of(task);
         gather_queries(task, memory);
-        if (task.slot >= 0) {
-            Partial part(partials + task.slot * Partial::floats(rows, width), rows);
-            return split(task, next, memory, part);
-        }
+        if (task.slot >= 0) return split(task, next, memory, partial_of(task, partials));
         float* rest = memory + tile_scratch();
-        Partial total(rest, rows), part(rest + Partial::floats(rows, width), rows);
+        Partial total = Partial::in(rest, rows), part = Partial::in(rest + Partial::floats(rows, width), rows);
         total.clear(rows, width);
         for (Task piece = task, later = task; piece.from < task.to; piece.from = later.from) {
             later.from = piece.to = std::min((piece.from / SPLIT + 1) * SPLIT, task.to);
@@ -276,34 +295,49 @@ template <Kind kind> struct Attention {
         store(task, total);
     }
 
-    // The tasks of one sequence and kv head.
-    void plan(int64_t sequence, int64_t kv_head, std::vector<Task>& tasks, int64_t& slots) const {
+    Partial partial_of(const Task& task, float* partials) const {
+        return Partial::in(partials + task.slot * Partial::floats(group, width), rows_of(task));
+    }
+
+    // The tasks of one sequence, for single tokens of `together` kv heads.
+    void plan(int64_t sequence, int64_t together, std::vector<Task>& tasks, int64_t& slots) const {
         int64_t length = step.query_start[sequence + 1] - step.query_start[sequence], context = step.context_lens[sequence];
         int64_t most = std::max<int64_t>(1, MAX_ROWS / group);
-        for (int64_t first = 0; first < length; first += most) {
-            int64_t tokens = std::min(most, length - first), past = context - length + first;
-            int64_t from = heads.window ? std::max<int64_t>(0, past - heads.window + 1) / TILE * TILE : 0, to = past + tokens;
-            if (length > 1 || to - from <= SPLIT) {
-                tasks.push_back({sequence, kv_head, first, tokens, from, to, -1});
-                continue;
+        if (length > 1) together = 1;
+        for (int64_t head = 0; head < heads.kv_heads; head += together) {
+            int64_t count = std::min(together, heads.kv_heads - head);
+            for (int64_t first = 0; first < length; first += most) {
+                int64_t tokens = std::min(most, length - first), past = context - length + first;
+                int64_t from = heads.window ? std::max<int64_t>(0, past - heads.window + 1) / TILE * TILE : 0, to = past + tokens;
+                if (length > 1 || to - from <= SPLIT) {
+                    tasks.push_back({sequence, head, count, first, tokens, from, to, -1});
+                    continue;
+                }
+                for (; from < to; from = (from / SPLIT + 1) * SPLIT, slots += count)
+                    tasks.push_back({sequence, head, count, first, tokens, from, std::min((from / SPLIT + 1) * SPLIT, to), slots});
             }
-            for (; from < to; from = (from / SPLIT + 1) * SPLIT)
-                tasks.push_back({sequence, kv_head, first, tokens, from, std::min((from / SPLIT + 1) * SPLIT, to), slots++});
         }
+    }
+
+    // How many kv heads of a single token a task takes: their memory is in one place. As many as leave work for all.
+    int64_t together(int64_t threads) const {
+        int64_t pieces = 0, size = 2 * TILE * heads.head_dim * int64_t(sizeof(Element));
+        for (int64_t sequence = 0; sequence < step.sequences; sequence++) pieces += (step.context_lens[sequence] + SPLIT - 1) / SPLIT;
+        int64_t count = std::min<int64_t>(heads.kv_heads, std::max<int64_t>(1, NEAR / size));
+        while (threads > 1 && count > 1 && (heads.kv_heads + count - 1) / count * pieces < 2 * threads) count--;
+        return count;
     }
 
     void run(Team& team) const {
         std::vector<Task> tasks;
-        int64_t slots = 0;
-        for (int64_t sequence = 0; sequence < step.sequences; sequence++)
-            for (int64_t kv_head = 0; kv_head < heads.kv_heads; kv_head++) plan(sequence, kv_head, tasks, slots);
-        std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {  // the longest first
-            return a.tokens * (a.to - a.from) > b.tokens * (b.to - b.from);
+        int64_t slots = 0, stride = team.welcome(nanoseconds());  // from a thread's task to its next, about
+        for (int64_t sequence = 0, count = together(stride); sequence < step.sequences; sequence++) plan(sequence, count, tasks, slots);
+        std::stable_sort(tasks.begin(), tasks.end(), [this](const Task& a, const Task& b) {  // the longest first
+            return rows_of(a) * (a.to - a.from) > rows_of(b) * (b.to - b.from);
         });
         std::vector<float> partials(slots * Partial::floats(group, width));
-        size_t stride = team.welcome(nanoseconds());  // from a thread's task to its next, about
         team.run(tasks.size(), [&](int64_t index, int thread) {
-            const Task* next = index + stride < tasks.size() ? &tasks[index + stride] : nullptr;
+            const Task* next = index + stride < int64_t(tasks.size()) ? &tasks[index + stride] : nullptr;
             compute(tasks[index], next, team.scratch(thread, scratch()), partials.data());
         });
         if (slots) combine(tasks, partials.data());
@@ -311,15 +345,15 @@ template <Kind kind> struct Attention {
 
     // The partial results of single tokens, in the order of their positions.
     void combine(std::vector<Task>& tasks, float* partials) const {
-        std::vector<float> memory(Partial::floats(group, width));
-        Partial total(memory.data(), group);
+        std::vector<float> memory(Partial::floats(most(), width));
+        Partial total = Partial::in(memory.data(), most());
         std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.slot < b.slot; });
         for (size_t index = 0; index < tasks.size(); index++) {
             const Task& task = tasks[index];
             if (task.slot < 0) continue;
             bool begins = task.slot == 0 || tasks[index - 1].sequence != task.sequence || tasks[index - 1].kv_head != task.kv_head;
-            if (begins) total.clear(group, width);
-            merge(group, total, Partial(partials + task.slot * Partial::floats(group, width), group));
+            if (begins) total.clear(rows_of(task), width);
+            merge(rows_of(task), total, partial_of(task, partials));
             if (task.to == step.context_lens[task.sequence]) store(task, total);
         }
     }

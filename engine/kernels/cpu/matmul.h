@@ -65,9 +65,9 @@ struct Sums {  // WIDTH or more columns
     int64_t row;
 };
 
-// sums (ROWS, PANELS panels) += x (ROWS, count) · weights [from, from + count)
+// sums (ROWS, PANELS panels) += x (ROWS, count) · weights (count, …)
 template <int ROWS, int PANELS, class W>
-inline void tile(const Rows& x, const W& weights, int first_panel, int64_t from, int64_t count, const Sums& sums) {
+inline void tile(const Rows& x, const W& weights, int first_panel, int64_t count, const Sums& sums) {
     Vec total[ROWS][PANELS][VECS];
     for (int row = 0; row < ROWS; row++)
         for (int panel = 0; panel < PANELS; panel++)
@@ -75,9 +75,9 @@ inline void tile(const Rows& x, const W& weights, int first_panel, int64_t from,
                 total[row][panel][vec] = read<Vec>(sums.data + row * sums.row + panel * PANEL + vec * LANES);
     for (int64_t input = 0; input < count; input++) {
         Vec weight[PANELS][VECS];
-        for (int panel = 0; panel < PANELS; panel++) fetch(weights, from + input, first_panel + panel);
+        for (int panel = 0; panel < PANELS; panel++) fetch(weights, input, first_panel + panel);
         for (int panel = 0; panel < PANELS; panel++)
-            for (int vec = 0; vec < VECS; vec++) weight[panel][vec] = weights.load(from + input, first_panel + panel, vec);
+            for (int vec = 0; vec < VECS; vec++) weight[panel][vec] = weights.load(input, first_panel + panel, vec);
         for (int row = 0; row < ROWS; row++) {
             Vec activation = broadcast(x.data[row * x.row + input]);
             for (int panel = 0; panel < PANELS; panel++)
@@ -92,19 +92,19 @@ inline void tile(const Rows& x, const W& weights, int first_panel, int64_t from,
 
 // The panels of the group together if their sums fit into registers, else one after the other.
 template <int ROWS, class W>
-inline void group_tile(const Rows& x, const W& weights, int64_t from, int64_t count, const Sums& sums) {
+inline void group_tile(const Rows& x, const W& weights, int64_t count, const Sums& sums) {
     if constexpr (ROWS * GROUP * VECS <= SUMS) {
-        tile<ROWS, GROUP>(x, weights, 0, from, count, sums);
+        tile<ROWS, GROUP>(x, weights, 0, count, sums);
     } else {
         for (int panel = 0; panel < GROUP; panel++)
-            tile<ROWS, 1>(x, weights, panel, from, count, Sums{sums.data + panel * PANEL, sums.row});
+            tile<ROWS, 1>(x, weights, panel, count, Sums{sums.data + panel * PANEL, sums.row});
     }
 }
 
 template <class W>
-inline void rows_tile(int rows, const Rows& x, const W& weights, int64_t from, int64_t count, const Sums& sums) {
+inline void rows_tile(int rows, const Rows& x, const W& weights, int64_t count, const Sums& sums) {
     switch (rows) {
-#define TANDEM_ROWS(n) case n: return group_tile<n>(x, weights, from, count, sums);
+#define TANDEM_ROWS(n) case n: return group_tile<n>(x, weights, count, sums);
         TANDEM_ROWS(1) TANDEM_ROWS(2) TANDEM_ROWS(3) TANDEM_ROWS(4) TANDEM_ROWS(5) TANDEM_ROWS(6)
 #if defined(__AVX512F__) || !defined(__AVX__)
         TANDEM_ROWS(7) TANDEM_ROWS(8) TANDEM_ROWS(9) TANDEM_ROWS(10) TANDEM_ROWS(11) TANDEM_ROWS(12)
@@ -115,11 +115,11 @@ inline void rows_tile(int rows, const Rows& x, const W& weights, int64_t from, i
 
 // All rows, in tiles of nearly equal height.
 template <class W>
-inline void all_rows(int64_t rows, const Rows& x, const W& weights, int64_t from, int64_t count, const Sums& sums) {
+inline void all_rows(int64_t rows, const Rows& x, const W& weights, int64_t count, const Sums& sums) {
     int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     for (int64_t index = 0; index < tiles; index++) {
         int64_t first = rows * index / tiles, last = rows * (index + 1) / tiles;
-        rows_tile(int(last - first), {x.data + first * x.row, x.row}, weights, from, count, {sums.data + first * sums.row, sums.row});
+        rows_tile(int(last - first), {x.data + first * x.row, x.row}, weights, count, {sums.data + first * sums.row, sums.row});
     }
 }
 
@@ -167,7 +167,7 @@ inline void product(Team& team, const Matrix& m, const float* x, int64_t rows, T
     int64_t y_row = then == GATE ? m.outputs / 2 : m.outputs;
     each_block(team, m, rows, [&](int64_t group, int64_t first, int64_t count, float* sums) {
         std::fill(sums, sums + count * WIDTH, 0.0f);
-        all_rows(count, {x + first * m.inputs, m.inputs}, Weights<kind>(m, group), 0, m.inputs, {sums, WIDTH});
+        all_rows(count, {x + first * m.inputs, m.inputs}, Weights<kind>(m, group), m.inputs, {sums, WIDTH});
         for (int64_t row = 0; row < count; row++) finish(m, group, then, sums + row * WIDTH, y + (first + row) * y_row);
     });
 }

@@ -14,20 +14,20 @@ namespace tandem {
 constexpr int TILE = 64;                         // positions
 constexpr int MOST_SUMS = LANES == 8 ? 12 : 24;  // registers for sums, beside a factor of each row and one element
 
-// The memory of a tile's keys, or of its values, line by line.
+// The memory of the tile that is next, line by line: pieces of the same size, each in one place.
 struct Ahead {
-    const char* const* found;  // by position; what `end` points to is read, too, and asked for again and again
-    const char* const* end;
-    int64_t first, last;  // bytes behind `found`
-    int64_t at = first;
+    const char* const* piece;
+    const char* const* end;  // what it points to is read, too, and asked for again and again
+    int64_t size;            // bytes of a piece
+    int64_t at = 0;
 
     __attribute__((always_inline)) void next() {
-        __builtin_prefetch(*found + at);
+        __builtin_prefetch(*piece + at, 0, 2);  // not into the first cache: a tile of several heads would fill it
         at += 64;
-        if (at >= last) at = first, found += found != end;
+        if (at >= size) at = 0, piece += piece != end;
     }
     void rest() {
-        while (found != end) next();
+        while (piece != end) next();
     }
 };
 
@@ -66,7 +66,7 @@ template <Kind kind> struct Values {
 
 // sums (ROWS, VECTORS · LANES) += x (ROWS, count) · source. By itself, for it needs all registers there are.
 template <int ROWS, int VECTORS, class S>
-__attribute__((noinline)) void narrow(const Rows& x, const S& source, int64_t count, const Sums& sums, Ahead& shared) {
+__attribute__((noinline)) void narrow(Rows x, S source, int64_t count, const Sums& sums, Ahead& shared) {
     Ahead ahead = shared;  // in registers
     Vec total[ROWS][VECTORS];
     for (int row = 0; row < ROWS; row++)

@@ -7,6 +7,13 @@
 
 using namespace tandem;
 
+// work() with the kind of the cache's elements as a constant: KV is kept in floats of some size.
+template <class F> static void with_kind(const Cache& cache, F&& work) {
+    if (cache.kind == F32) work(std::integral_constant<Kind, F32>());
+    if (cache.kind == BF16) work(std::integral_constant<Kind, BF16>());
+    if (cache.kind == F16) work(std::integral_constant<Kind, F16>());
+}
+
 extern "C" {
 
 Team* tandem_team(int threads, int cores, int niceness, void* table, int lines, int mine) {
@@ -32,16 +39,12 @@ void tandem_normalize(Team* team, const float* x, const float* weight, int64_t r
 void tandem_attention(Team* team, const Heads* heads, const Step* step, const Cache* cache, const float* query, float* seen) {
     int width = (heads->head_dim + WIDTH - 1) / WIDTH * WIDTH;
     int64_t row = int64_t(heads->heads) * heads->head_dim;
-    if (cache->kind == F32) Attention<F32>{*heads, *step, *cache, query, row, seen, width}.run(*team);
-    if (cache->kind == BF16) Attention<BF16>{*heads, *step, *cache, query, row, seen, width}.run(*team);
-    if (cache->kind == F16) Attention<F16>{*heads, *step, *cache, query, row, seen, width}.run(*team);
+    with_kind(*cache, [&](auto kind) { Attention<kind()>{*heads, *step, *cache, query, row, seen, width}.run(*team); });
 }
 
 // y (T, hidden) += the attention half of `x`; `memory`: T · (hidden + q, k and v + q) floats.
 void tandem_attend(Team* team, const Layer* layer, const Step* step, const Cache* cache, const float* x, float* memory, float* y) {
-    if (cache->kind == F32) attend<F32>(*team, *layer, *step, *step, *cache, x, memory, y);
-    if (cache->kind == BF16) attend<BF16>(*team, *layer, *step, *step, *cache, x, memory, y);
-    if (cache->kind == F16) attend<F16>(*team, *layer, *step, *step, *cache, x, memory, y);
+    with_kind(*cache, [&](auto kind) { attend<kind()>(*team, *layer, *step, *step, *cache, x, memory, y); });
 }
 
 // y (rows, hidden) += the MLP half of `x`; `memory`: rows · (hidden + inner) floats.
@@ -60,9 +63,7 @@ void tandem_layers(Team* team, const Layer* layers, const Cache* caches, int64_t
             think(*team, layer, step->tokens, x, memory, x);
             continue;
         }
-        if (cache.kind == F32) conclude<F32>(*team, layer, *step, cache, memory, x);
-        if (cache.kind == BF16) conclude<BF16>(*team, layer, *step, cache, memory, x);
-        if (cache.kind == F16) conclude<F16>(*team, layer, *step, cache, memory, x);
+        with_kind(cache, [&](auto kind) { conclude<kind()>(*team, layer, *step, cache, memory, x); });
     }
 }
 }
