@@ -8,6 +8,8 @@
 
 namespace tandem {
 
+constexpr int64_t STRETCH = 4 * BLOCK_ROWS;  // rows whose activations stay in the cache between two products
+
 struct Layer {
     Matrix qkv, output, gate_up, down;
     const float *attention_norm, *mlp_norm;  // (hidden,)
@@ -87,12 +89,15 @@ inline void attend(Team& team, const Layer& layer, const Step& step, const Step&
 
 inline void think(Team& team, const Layer& layer, int64_t rows, const float* x, float* memory, float* y) {
     int64_t hidden = layer.gate_up.inputs;
-    float *normed = memory, *gated = normed + rows * hidden;
-    each_row(team, rows, [&](int64_t row) {
-        normalize(x + row * hidden, layer.mlp_norm, hidden, layer.eps, normed + row * hidden);
-    });
-    product(team, layer.gate_up, normed, rows, GATE, gated);
-    product(team, layer.down, gated, rows, ADD, y);
+    for (int64_t first = 0; first < rows; first += STRETCH) {
+        int64_t count = std::min(STRETCH, rows - first);
+        float *normed = memory, *gated = normed + count * hidden;
+        each_row(team, count, [&](int64_t row) {
+            normalize(x + (first + row) * hidden, layer.mlp_norm, hidden, layer.eps, normed + row * hidden);
+        });
+        product(team, layer.gate_up, normed, count, GATE, gated);
+        product(team, layer.down, gated, count, ADD, y + first * hidden);
+    }
 }
 
 // A model's last layer, in place, of each sequence's last token: nobody asks for the others, only for their keys and values.
