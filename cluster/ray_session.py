@@ -23,6 +23,7 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     _AUTH_MODE: "token",  # Ray's default for new clusters, said outright to spare its warning
     "RAY_DEDUP_LOGS": "0",
+    "RAY_enable_metrics_collection": "0",  # the exporter's thread can end the process it is in (2.60: SIGSEGV at start)
     _NICENESS: "0",
 }
 
