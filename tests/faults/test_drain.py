@@ -16,6 +16,7 @@ import pytest
 
 from tandem.common.errors import WorkerFailed
 from tandem.common.worker_config import Role
+from tandem.decode_worker.reservation import Phase
 from tandem.engine.config import EngineConfig
 from tests.faults.clients import PLAIN, Answer, Crowd, Json, ask, make_bodies, record
 from tests.faults.local import DEMO_MODEL, on_thread, pace, worker_of
@@ -112,6 +113,24 @@ def test_a_drain_does_not_wait_for_a_worker_that_died(cluster: LocalCluster) -> 
         started = time.monotonic()
         assert not server.drain(60.0)
         assert time.monotonic() - started < 5.0
+
+
+def test_a_worker_that_dies_keeps_in_quarantine_what_was_landing(cluster: LocalCluster) -> None:
+    """Rule H3: P may still write to it, and nobody is left here who would take P's word that it does not."""
+    server = cluster.workers["decode-1"]
+    worker = worker_of(server)
+
+    def die_while_landing() -> None:
+        if any(reservation.phase is Phase.LANDING for reservation in worker.handoffs._reservations.values()):
+            die()
+        worker.inbox.put(die_while_landing)
+
+    pace(server, 0.2)
+    with Crowd(cluster.url, make_bodies(SEED)[:6], clients=6, leavers=0, seed=SEED):
+        worker.inbox.put(die_while_landing)
+        until(lambda: not server.healthy())
+    counts = server.pool.counts()
+    assert counts.quarantined > 0 and counts.owned == counts.reserved == 0
 
 
 def die() -> None:
