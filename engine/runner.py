@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -52,36 +53,30 @@ class Shape(NamedTuple):
 
 def pack(batch: Batch, block_size: int) -> Tensor:
     """The batch and where its new KV goes, on the host. Block tables are padded with 0 to the longest."""
-    tokens, sequences = len(batch.token_ids), len(batch.context_lens)
     used = [-(-length // block_size) for length in batch.context_lens]  # blocks in sight; more may be allocated
     width = max(used)
-    table = array("q")
+    values = array("q", [len(batch.token_ids), len(used), len(batch.sample_rows), width])
+    values.extend(batch.token_ids)
+    values.extend(batch.positions)
+    for (start, end), blocks in zip(pairwise(batch.query_start), batch.block_tables, strict=True):
+        values.extend(blocks[position // block_size] for position in batch.positions[start:end])
+    values.extend(position % block_size for position in batch.positions)
+    values.extend(batch.query_start)
+    values.extend(batch.context_lens)
     for count, blocks in zip(used, batch.block_tables, strict=True):
         assert len(blocks) >= count, f"{len(blocks)} blocks allocated, {count} needed"
-        table.extend(blocks[:count])
-        table.extend([0] * (width - count))
-    tables = torch.frombuffer(table, dtype=torch.int64)
-    start = torch.tensor(batch.query_start)
-    positions = torch.tensor(batch.positions)
-    owner = torch.arange(sequences).repeat_interleave(start.diff(), output_size=tokens)  # (T,) index into sequences
-    return torch.cat([
-        torch.tensor([tokens, sequences, len(batch.sample_rows), width]),
-        torch.tensor(batch.token_ids),
-        positions,
-        tables[owner * width + positions // block_size],
-        positions % block_size,
-        start,
-        torch.tensor(batch.context_lens),
-        tables,
-        torch.tensor(batch.sample_rows, dtype=torch.int64),
-    ])  # fmt: skip
+        values.extend(blocks[:count])
+        values.extend([0] * (width - count))
+    values.extend(batch.sample_rows)
+    return torch.frombuffer(values, dtype=torch.int64)
 
 
 def unpack(packed: Tensor, device: torch.device) -> StepInputs:
     """What `pack` made, on `device`; the host keeps the lengths it needs."""
     shape = Shape.of(packed)
     _, _, _, _, start, lens, _, _ = shape.split(packed)
-    return view(upload(packed, device), shape, integers(start.diff()), integers(lens))
+    query_lens = [end - begin for begin, end in pairwise(integers(start))]
+    return view(upload(packed, device), shape, query_lens, integers(lens))
 
 
 def view(packed: Tensor, shape: Shape, query_lens: list[int], context_lens: list[int]) -> StepInputs:

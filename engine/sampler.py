@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -52,6 +53,10 @@ class Peaks:
 
 def look(logits: Tensor, finite: Tensor) -> tuple[Peaks, list[bool]]:
     """The peaks of `logits` (R, vocab), and `finite` (S,) on the host: one copy, one wait for the device."""
+    if logits.device.type == "cpu":  # by NumPy, eight times faster than torch's maximum
+        values, whole = logits.float().numpy(), _list(finite)
+        ids = values.argmax(axis=-1).tolist()  # of a NaN if there is one
+        return Peaks(ids, [math.isfinite(row[best]) for row, best in zip(values, ids, strict=True)]), whole
     best, best_ids = logits.max(dim=-1)  # NaN if there is one
     ids, sound, whole = _fetch(best_ids, best.isfinite(), finite)
     return Peaks(ids, [bool(ok) for ok in sound]), [bool(ok) for ok in whole]

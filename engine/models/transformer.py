@@ -164,6 +164,8 @@ def all_finite(x: Tensor, query_start: Tensor) -> Tensor:
     A NaN in the KV that a token wrote or saw, in any layer, stays in its residual stream, so the last one tells of
     all layers. 0 · inf and 0 · NaN are NaN, and sums of zeros cannot overflow.
     """
-    broken = (x * 0).sum(dim=-1) != 0
-    before = F.pad(broken.cumsum(dim=0), (1, 0))  # (T + 1,) broken rows before each
+    whole = (x * 0).sum(dim=-1) == 0
+    if len(x) == len(query_start) - 1:  # a token each
+        return whole
+    before = F.pad((~whole).cumsum(dim=0), (1, 0))  # (T + 1,) broken rows before each
     return before[query_start[1:]] == before[query_start[:-1]]

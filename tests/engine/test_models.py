@@ -116,3 +116,4 @@ def test_finiteness_is_told_of_each_sequence(value: float, dtype: torch.dtype) -
     assert all_finite(x, starts).tolist() == [True, False, True]
     x[0, 0], x[5, 7] = value, -value
     assert all_finite(x, starts).tolist() == [False, False, False]
+    assert all_finite(x, torch.arange(7)).tolist() == [False, True, True, False, True, False]  # as in decode
