@@ -1,12 +1,19 @@
 """What this machine can do at most: bytes read from memory per second, and float32 operations of a core per second.
 
 Both by loops of C++, compiled when they are asked for. Other benchmarks state their figures as shares of these.
+
+    python benchmarks/limits.py
+
+prints them, and how fast one core reads pieces of several sizes in random order, as KV blocks lie: of memory that
+processes share, like the KV cache, which has pages of 4 KiB.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import random
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +29,7 @@ import torch
 from tandem.engine.kernels.compile import FLAGS, SOURCES
 
 TRIES = 15
+PIECES = (2, 4, 12, 24, 64, 1024)  # KiB
 Call = Callable[[], object]
 LIMITS = """
 #include "simd.h"
@@ -35,6 +43,20 @@ float read_all(const char* data, size_t bytes) {
     float total = 0;
     for (Vec part : sums) total += sum(part);
     return total;
+}
+// Pieces that begin at `starts` (count + 1,), each in turn; the lines 2 KiB further on are asked for meanwhile.
+float read_pieces(const char* data, const size_t* starts, size_t count, size_t bytes) {
+    const size_t ahead = 2048 < bytes ? 2048 : bytes - 64;
+    Vec sums[2] = {};
+    for (size_t index = 0; index < count; index++) {
+        const char *piece = data + starts[index], *next = data + starts[index + 1];
+        for (size_t at = 0; at < bytes; at += 64) {
+            __builtin_prefetch(at + ahead < bytes ? piece + at + ahead : next + at + ahead - bytes);
+            for (size_t part = 0; part < 64; part += sizeof(Vec))
+                sums[part / sizeof(Vec) % 2] += read<Vec>(piece + at + part);
+        }
+    }
+    return sum(sums[0]) + sum(sums[1]);
 }
 // 2 * LANES operations each of 12 times a turn: enough to hide their latency.
 float multiply(size_t turns, float factor) {
@@ -119,3 +141,35 @@ def describe(limits: Limits) -> str:
     return (
         f"limits: read {read}; {limits.operations / 1e9:.0f} GFLOP/s of float32 a thread; load {os.getloadavg()[0]:.1f}"
     )
+
+
+def measure_pieces(sizes: list[int], stream: int = 512 << 20) -> dict[int, float]:
+    """Bytes/s of one core by bytes of a piece, the best of many tries."""
+    library, rates = compiled(LIMITS), dict[int, float]()
+    file = os.memfd_create("pieces")
+    os.ftruncate(file, stream)
+    with mmap.mmap(file, stream) as memory:
+        os.close(file)
+        data = torch.frombuffer(memory, dtype=torch.float32).fill_(1.0)
+        for size in sizes:
+            starts = list(range(0, stream - size + 1, size))
+            random.Random(0).shuffle(starts)
+            order = torch.tensor([*starts, starts[0]], dtype=torch.int64)
+            address, count = ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(len(starts))
+            call = partial(
+                library.read_pieces, address, ctypes.c_void_p(order.data_ptr()), count, ctypes.c_size_t(size)
+            )
+            rates[size] = size * len(starts) / min(together([call]) for _ in range(TRIES))
+        del data
+    return rates
+
+
+def main() -> None:
+    limits = measure_limits(sorted({1, len(os.sched_getaffinity(0))}))
+    print(describe(limits))
+    for size, rate in measure_pieces([kib << 10 for kib in PIECES]).items():
+        print(f"pieces of {size >> 10} KiB: {rate / 1e9:.1f} GB/s, {rate / limits.read[1]:.2f} of the above")
+
+
+if __name__ == "__main__":
+    main()

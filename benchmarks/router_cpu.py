@@ -6,8 +6,8 @@ Starts `tandem serve` with the demo model on a free port, and sends random promp
 short and long answers. A request is parsed, admitted and routed once, and each of its tokens is passed on once, so its
 cost is expected not to depend on how many others are under way: a flat line, at the median of all points with answers
 of that length. With few clients it is more: each token wakes the router up by itself, while those of several requests
-that a step brings share that. What a token costs is the slope between the lengths. A round goes through all points;
-figures are medians over the rounds.
+that a step brings share that; so wakes are counted, too. What a token costs is the slope between the lengths. A round
+goes through all points; figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from picture import Curve, Panel, draw
-from server import processor_time, router_listening_on, serving
+from server import processor_time, router_listening_on, serving, wakes
 
 from tandem.cluster.bench.options import BenchOptions
 from tandem.cluster.bench.report import Spread
@@ -42,6 +42,7 @@ class Point:
     requests: int
     cpu: list[float] = field(default_factory=list[float])  # seconds of the router, a request
     rate: list[float] = field(default_factory=list[float])  # requests/s
+    wakes: list[float] = field(default_factory=list[float])  # how often the router slept and was woken, a request
 
     @property
     def milliseconds(self) -> Spread:
@@ -82,14 +83,15 @@ def add_round(point: Point, server: Server, pid: int) -> None:
     options = BenchOptions(
         requests=point.requests, concurrency=point.clients, input_len=INPUT_LEN, output_len=point.output_len, warmup=0
     )
-    began = processor_time(pid)
+    began, woken = processor_time(pid), wakes(pid)
     part = measure(server, options, seed)[0]["all"]
-    spent = processor_time(pid) - began
+    spent, woken = processor_time(pid) - began, wakes(pid) - woken
     failures = [answer.failure for answer in part.answers if answer.failure]
     if failures:
         raise SystemExit(f"{len(failures)} of {point.requests} requests failed; the first: {failures[0].message}")
     point.cpu.append(spent / point.requests)
     point.rate.append(point.requests / part.duration)
+    point.wakes.append(woken / point.requests)
 
 
 def idle(pid: int) -> float:
@@ -100,14 +102,15 @@ def idle(pid: int) -> float:
 
 
 HEADINGS = ("clients", "output tokens", "requests", "CPU ms a request", "least – most", "µs an output token")
-HEADINGS += (": expected", "requests/s", "router's share of a core")
+HEADINGS += (": expected", "wakes an output token", "requests/s", "router's share of a core")
 
 
 def line(point: Point, expected: Expected) -> str:
-    ms, rate = point.milliseconds, statistics.median(point.rate)
+    ms, rate, woken = point.milliseconds, statistics.median(point.rate), statistics.median(point.wakes)
     cells = [f"{point.clients}", f"{point.output_len}", f"{point.requests}", f"{ms.median:.2f}"]
     cells += [f"{ms.min:.2f} – {ms.max:.2f}", f"{ms.median * 1e3 / point.output_len:.0f}"]
-    cells += [f"{ms.median / 1e3 / expected.cpu[point.output_len]:.2f}", f"{rate:.1f}", f"{ms.median / 1e3 * rate:.0%}"]
+    cells += [f"{ms.median / 1e3 / expected.cpu[point.output_len]:.2f}", f"{woken / point.output_len:.2f}"]
+    cells += [f"{rate:.1f}", f"{ms.median / 1e3 * rate:.0%}"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -52,3 +52,8 @@ def router_listening_on(url: str) -> int | None:
 def processor_time(pid: int) -> float:
     """Seconds that all threads of a process have run."""
     return time.clock_gettime((~pid << 3) | 2)  # as clock_getcpuclockid(3) makes it, which Python lacks
+
+
+def wakes(pid: int) -> int:
+    """How often a process's first thread, which runs its event loop, has waited for something."""
+    return psutil.Process(pid).num_ctx_switches().voluntary

@@ -59,6 +59,8 @@ class Point:
     most: float
     kernels: float  # seconds inside C++
     expected: float
+    moved: float  # bytes
+    operations: float
     load: float  # of the machine, in processes over the last minute
 
     @property
@@ -87,39 +89,41 @@ class Cost:
     config: ModelConfig
     weight_bytes: float
     token_bytes: float  # of KV, all layers
-    threads: int
 
     @classmethod
-    def of(cls, engine: Engine, config: ModelConfig, threads: int) -> Cost:
+    def of(cls, engine: Engine, config: ModelConfig) -> Cost:
         element = torch.finfo(getattr(torch, engine.layout.dtype)).bits // 8
-        token_bytes = engine.layout.block_bytes / engine.layout.block_size
-        return cls(
-            config, float(element * (_layers(config) + config.vocab_size * config.hidden_size)), token_bytes, threads
+        kv, rest = _of_layer(config)
+        weights = config.layers * (kv + rest) + config.vocab_size * config.hidden_size
+        return cls(config, float(element * weights), engine.layout.block_bytes / engine.layout.block_size)
+
+    def moved(self, sequences: int, context: int) -> float:
+        """Bytes: all weights once, and the KV in sight."""
+        return self.weight_bytes + sequences * context * self.token_bytes
+
+    def operations(self, sequences: int, context: int, new: int) -> float:
+        """Of the last layer, what is behind its keys and values only for the tokens that are sampled from."""
+        config, rows, (kv, rest) = self.config, sequences * new, _of_layer(self.config)
+        pairs = sequences * ((config.layers - 1) * sum(range(context - new + 1, context + 1)) + context)
+        products = rows * (config.layers * (kv + rest) - rest) + sequences * (
+            rest + config.vocab_size * config.hidden_size
         )
-
-    def seconds(self, limits: Limits, sequences: int, context: int, new: int) -> float:
-        config, rows = self.config, sequences * new
-        pairs = sequences * sum(range(context - new + 1, context + 1))
-        operations = 2.0 * (rows * _layers(config) + sequences * config.vocab_size * config.hidden_size)
-        operations += 4.0 * pairs * config.layers * config.heads * config.head_dim
-        moved = self.weight_bytes + sequences * context * self.token_bytes
-        return moved / limits.read[self.threads] + operations / (limits.operations * self.threads)
+        return 2.0 * products + 4.0 * pairs * config.heads * config.head_dim
 
 
-def _layers(config: ModelConfig) -> int:
-    """Weights of all layers."""
+def _of_layer(config: ModelConfig) -> tuple[int, int]:
+    """Weights of a layer: for keys and values, and the others."""
     queries, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    attention = config.hidden_size * (2 * queries + 2 * kv)
-    return config.layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    return 2 * config.hidden_size * kv, config.hidden_size * (2 * queries + 3 * config.intermediate_size)
 
 
 class Bench:
     def __init__(self, engine: Engine, cost: Cost, limits: Limits, rounds: int) -> None:
         self._engine, self._cost, self._limits, self._rounds = engine, cost, limits, rounds
+        (self._threads,) = limits.read
         attention: Any = engine._rank.attention
         self._clock = Clock(attention.team)
         engine._rank.cache.tensor.normal_()  # in memory, and numbers as a model would leave there
-        self._random = random.Random(0)
 
     def fits(self, sequences: int, context: int) -> bool:
         blocks = -(-context // self._engine.layout.block_size)
@@ -127,29 +131,34 @@ class Bench:
 
     def point(self, sweep: str, sequences: int, context: int, new: int) -> Point:
         """`new` tokens of each sequence, whose others are in the cache."""
-        scheduled = self._scheduled(sequences, context, new)
-        found = [min(self._step(scheduled) for _ in range(STEPS)) for _ in range(self._rounds)]
+        items = scheduled(self._engine, sequences, context, new)
+        found = [min(self._step(items) for _ in range(STEPS)) for _ in range(self._rounds)]
         seconds, kernels = sorted(found)[len(found) // 2]
-        expected = self._cost.seconds(self._limits, sequences, context, new)
+        work = self._cost.moved(sequences, context), self._cost.operations(sequences, context, new)
         rounds = [taken for taken, _ in found]
-        load = os.getloadavg()[0]
-        return Point(sweep, sequences, context, new, seconds, min(rounds), max(rounds), kernels, expected, load)
+        spread, load = (seconds, min(rounds), max(rounds)), os.getloadavg()[0]
+        return Point(sweep, sequences, context, new, *spread, kernels, self._expected(*work), *work, load)
 
-    def _step(self, scheduled: list[Scheduled]) -> tuple[float, float]:
+    def _expected(self, moved: float, operations: float) -> float:
+        return moved / self._limits.read[self._threads] + operations / (self._limits.operations * self._threads)
+
+    def _step(self, items: list[Scheduled]) -> tuple[float, float]:
         self._clock.seconds, began = 0.0, time.perf_counter()
-        self._engine.forward(scheduled)
+        self._engine.forward(items)
         return time.perf_counter() - began, self._clock.seconds
 
-    def _scheduled(self, sequences: int, context: int, new: int) -> list[Scheduled]:
-        each = -(-context // self._engine.layout.block_size)
-        blocks = self._random.sample(range(self._engine.num_blocks), sequences * each)
-        made = list[Scheduled]()
-        for index in range(sequences):
-            ids = tuple(self._random.randrange(self._engine.vocab_size) for _ in range(context))
-            sequence = Sequence.from_leg(Leg(f"{index}", 0, ids, SamplingParams(1, temperature=0.0)), 0.0)
-            sequence.blocks, sequence.computed = blocks[index * each : (index + 1) * each], context - new
-            made.append(Scheduled(sequence, new))
-        return made
+
+def scheduled(engine: Engine, sequences: int, context: int, new: int) -> list[Scheduled]:
+    """A step of so many sequences of random tokens, in blocks of random order: `new` tokens of each are computed."""
+    chosen, each = random.Random(0), -(-context // engine.layout.block_size)
+    blocks = chosen.sample(range(engine.num_blocks), sequences * each)
+    made = list[Scheduled]()
+    for index in range(sequences):
+        ids = tuple(chosen.randrange(engine.vocab_size) for _ in range(context))
+        sequence = Sequence.from_leg(Leg(f"{index}", 0, ids, SamplingParams(1, temperature=0.0)), 0.0)
+        sequence.blocks, sequence.computed = blocks[index * each : (index + 1) * each], context - new
+        made.append(Scheduled(sequence, new))
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +187,7 @@ def block_memory(engine: Engine) -> tuple[int, float]:
     return engine.layout.block_bytes, os.fstat(fd).st_blocks * 512 / engine.num_blocks
 
 
-def load(model: str | None, arguments: argparse.Namespace) -> tuple[Engine, ModelConfig]:
+def load(model: str | None, dtype: str, kv_mib: int, quantization: str | None = None) -> tuple[Engine, ModelConfig]:
     """`model` or, with None, random weights of SmolLM2-135M's shape."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(model or scratch)
@@ -186,9 +195,10 @@ def load(model: str | None, arguments: argparse.Namespace) -> tuple[Engine, Mode
             (directory / "config.json").write_text(json.dumps(SMOLLM2))
         config = EngineConfig(
             model=str(directory),
-            dtype=arguments.dtype,
+            dtype=dtype,
             load_format="auto" if model else "dummy",
-            kv_cache_memory_bytes=arguments.kv_mib << 20,
+            kv_cache_memory_bytes=kv_mib << 20,
+            quantization=quantization,
             max_num_seqs=64,
             attention_backend="native",
             device="cpu",
@@ -197,13 +207,17 @@ def load(model: str | None, arguments: argparse.Namespace) -> tuple[Engine, Mode
         return Engine.load(config), parse_config(json.loads(path.read_text()), path)
 
 
-HEADINGS = ("sweep", "sequences", "context", "new", "ms", "rounds", "expected ms", "expected : ms", "python", "load")
+HEADINGS = (
+    "sweep", "sequences", "context", "new", "ms", "rounds", "expected ms", "expected : ms", "GB/s", "GFLOP/s",
+    "python", "load",
+)  # fmt: skip
 
 
 def line(point: Point) -> str:
     cells = [point.sweep, f"{point.sequences}", f"{point.context}", f"{point.new}", f"{point.seconds * 1e3:.2f}"]
     cells += [f"{point.least * 1e3:.2f} - {point.most * 1e3:.2f}", f"{point.expected * 1e3:.2f}"]
-    cells += [f"{point.expected / point.seconds:.2f}", f"{point.python:.1%}", f"{point.load:.1f}"]
+    cells += [f"{point.expected / point.seconds:.2f}", f"{point.moved / point.seconds / 1e9:.1f}"]
+    cells += [f"{point.operations / point.seconds / 1e9:.0f}", f"{point.python:.1%}", f"{point.load:.1f}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -264,8 +278,8 @@ def main() -> int:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])  # none of others' cores is borrowed
     torch.set_num_threads(arguments.threads)
     limits = measure_limits([arguments.threads])
-    engine, config = load(arguments.model, arguments)
-    bench = Bench(engine, Cost.of(engine, config, arguments.threads), limits, arguments.rounds)
+    engine, config = load(arguments.model, arguments.dtype, arguments.kv_mib)
+    bench = Bench(engine, Cost.of(engine, config), limits, arguments.rounds)
     wanted, resident = block_memory(engine)
     header = f"{describe(limits)}; {arguments.threads} threads, {engine.layout.dtype}"
     print(f"{header}\na block of {engine.layout.block_size} tokens: {wanted} bytes, {resident:.0f} resident\n")

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import block_memory, picture, router_cpu, step
-from benchmarks.server import processor_time, router_listening_on
+from benchmarks import block_memory, picture, quantization, router_cpu, step
+from benchmarks.server import processor_time, router_listening_on, wakes
 from tandem.cluster.bench.report import Spread
+from tandem.engine.models.registry import parse_config
 
 
 def router_points() -> list[router_cpu.Point]:
     """3 ms a request and 0.25 ms a token in the median round, but for one client, whose tokens cost more."""
     return [
-        router_cpu.Point(clients, length, 48, [2 * cost, cost, cost / 2], [10.0, 10.0, 20.0])
+        router_cpu.Point(clients, length, 48, [2 * cost, cost, cost / 2], [10.0, 10.0, 20.0], [16.0] * 3)
         for length in (8, 64)
         for clients in (1, 8, 128)
         for cost in [3e-3 + length * (0.25e-3 if clients > 1 else 0.5e-3)]
@@ -31,7 +32,7 @@ def test_a_requests_and_a_tokens_cost_are_told_apart() -> None:
     assert (expected.request, expected.token) == pytest.approx((3e-3, 0.25e-3))
     assert str(expected) == "3.00 ms a request and 250 µs an output token"
     point = router_points()[1]
-    assert router_cpu.line(point, expected) == "| 8 | 8 | 48 | 5.00 | 2.50 – 10.00 | 625 | 1.00 | 10.0 | 5% |"
+    assert router_cpu.line(point, expected) == "| 8 | 8 | 48 | 5.00 | 2.50 – 10.00 | 625 | 1.00 | 2.00 | 10.0 | 5% |"
 
 
 def test_answers_of_one_length_have_no_cost_of_a_token() -> None:
@@ -44,6 +45,13 @@ def test_processor_time_is_the_processs_own() -> None:
     while time.process_time() < ours + 0.02:
         pass
     assert processor_time(os.getpid()) - before == pytest.approx(time.process_time() - ours, abs=0.01)
+
+
+def test_a_thread_that_sleeps_is_woken() -> None:
+    before = wakes(os.getpid())
+    for _ in range(5):
+        time.sleep(0.001)
+    assert before + 5 <= wakes(os.getpid()) < before + 50
 
 
 def test_the_router_is_whoever_listens_on_the_port() -> None:
@@ -88,7 +96,26 @@ def block_points() -> list[block_memory.Point]:
 def step_points() -> list[step.Point]:
     """All points of the default sweep; a step takes 1 ms a sequence."""
     sweep = step.Sweep([2**n for n in range(7)], [128 << n for n in range(7)], [16 << n for n in range(8)])
-    return [step.Point(*point, point[1] * 1e-3, 0.5e-3, 0.1, 0.5e-3, 1e-3, 0.0) for point in sweep.points()]
+    return [step.Point(*point, point[1] * 1e-3, 0.5e-3, 0.1, 0.5e-3, 1e-3, 1e6, 1e9, 0.0) for point in sweep.points()]
+
+
+def test_a_decode_step_multiplies_with_every_weight_and_sees_all_kv() -> None:
+    config = parse_config(step.SMOLLM2, Path("config.json"))
+    cost = step.Cost(config, weight_bytes=1000.0, token_bytes=10.0)
+    weights = 134_515_008 - 61 * 576  # SmolLM2-135M's parameters, without its norms'
+    attention = 4 * 30 * 9 * 64 * 500
+    assert cost.operations(1, 500, 1) == 2 * weights + attention
+    assert cost.operations(8, 500, 1) == 8 * cost.operations(1, 500, 1)
+    assert cost.moved(8, 500) == 1000 + 8 * 500 * 10
+    of_one_more = 2 * (30 * (576 * 3 * 64 * 2) + 29 * (576 * 2 * 576 + 3 * 576 * 1536)) + 4 * 29 * 9 * 64 * 499
+    assert cost.operations(1, 500, 2) == cost.operations(1, 500, 1) + of_one_more
+
+
+def test_fewer_bits_are_compared_by_the_fastest_tenth_and_the_median() -> None:
+    plain, eight = [float(n) for n in range(20, 40)], [float(n) for n in range(10, 30)]
+    row = quantization.Row.of("decode", "int8", eight, plain)
+    assert (row.fastest, row.median, row.times) == (12.0, 19.5, 22 / 12)
+    assert str(row) == "| decode | int8 | 20 | 12000.0 | 19500.0 | 1.83 | 1.51 |"
 
 
 def test_the_same_figures_make_the_same_small_picture(tmp_path: Path) -> None:

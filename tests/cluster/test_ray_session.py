@@ -11,11 +11,14 @@ import pytest
 from tandem.cluster import ray_session
 from tandem.common.errors import ConfigError
 
+METRICS = "RAY_enable_metrics_collection"
+
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's variables as in a fresh shell; whatever `prepare` sets is taken back."""
-    for name in ("RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_DEDUP_LOGS", "RAY_COLOR_PREFIX"):
+    own = ("RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_DEDUP_LOGS", "RAY_COLOR_PREFIX")
+    for name in (*own, METRICS):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -24,6 +27,14 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_token_authentication_is_on_unless_the_user_says_otherwise(address: str | None) -> None:
     ray_session.prepare(address)
     assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_rays_own_metrics_are_off_unless_the_user_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray_session.prepare(None)
+    assert os.environ[METRICS] == "0"
+    monkeypatch.setenv(METRICS, "1")
+    ray_session.prepare(None)
+    assert os.environ[METRICS] == "1"
 
 
 @pytest.mark.parametrize("address", [None, "127.0.0.1:6379"])
