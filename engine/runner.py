@@ -58,13 +58,13 @@ def pack(batch: Batch, block_size: int) -> Tensor:
     values = array("q", [len(batch.token_ids), len(used), len(batch.sample_rows), width])
     values.extend(batch.token_ids)
     values.extend(batch.positions)
-    for (start, end), blocks in zip(pairwise(batch.query_start), batch.block_tables, strict=True):
+    for (start, end), count, blocks in zip(pairwise(batch.query_start), used, batch.block_tables, strict=True):
+        assert len(blocks) >= count, f"{len(blocks)} blocks allocated, {count} needed"
         values.extend(blocks[position // block_size] for position in batch.positions[start:end])
     values.extend(position % block_size for position in batch.positions)
     values.extend(batch.query_start)
     values.extend(batch.context_lens)
     for count, blocks in zip(used, batch.block_tables, strict=True):
-        assert len(blocks) >= count, f"{len(blocks)} blocks allocated, {count} needed"
         values.extend(blocks[:count])
         values.extend([0] * (width - count))
     values.extend(batch.sample_rows)
