@@ -28,7 +28,7 @@ import torch
 
 from tandem.engine.kernels.compile import FLAGS, SOURCES
 
-TRIES = 15
+TRIES = 50
 PIECES = (2, 4, 12, 24, 64, 1024)  # KiB
 Call = Callable[[], object]
 LIMITS = """
