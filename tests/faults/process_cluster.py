@@ -53,6 +53,7 @@ class ProcessCluster(AbstractContextManager["ProcessCluster"]):
         self.workers = [*(f"prefill-{i}" for i in range(prefill)), *(f"decode-{i}" for i in range(decode))]
         self._model, self._worker_flags, self._router_flags = model, worker_flags, router_flags
         self._pids: dict[str, int] = {}
+        self._killed = set[int]()  # a pid stays in `_pids`, and for the router ready, until its end is noticed
         self._addresses: dict[int, str] = {}  # pid → where the worker listens, as far as the router has told
         self._changed = threading.Condition()
         self._started: list[psutil.Process] = []
@@ -138,6 +139,8 @@ class ProcessCluster(AbstractContextManager["ProcessCluster"]):
         with self._changed:
             pid = self._pids[name]
             os.kill(pid, signum)
+            if signum == signal.SIGKILL:
+                self._killed.add(pid)
         return pid
 
     def wait_ended(self, name: str, pid: int, timeout: float = 10.0) -> None:
@@ -196,7 +199,7 @@ class ProcessCluster(AbstractContextManager["ProcessCluster"]):
         ready = {name: worker for name, worker in self.status().items() if worker["state"] == "ready"}
         self._addresses |= {worker["pid"]: worker["address"] for worker in ready.values()}
         seen = {name: worker["pid"] for name, worker in ready.items()}
-        return None not in pids.values() and seen == pids
+        return None not in pids.values() and seen == pids and self._killed.isdisjoint(seen.values())
 
     def assert_at_rest(self, timeout: float = 5.0) -> None:
         """free + cached = pool on every worker, and nothing runs or waits."""
